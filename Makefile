@@ -1,0 +1,64 @@
+# Culvert: build, test, demonstrate, install. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := build
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+IMAGE   ?= culvert-agent:$(VERSION)
+GO      ?= go
+ARCH    := $(shell $(GO) env GOARCH)
+LDFLAGS := -s -w -X github.com/culvert-dev/culvert/internal/version.Version=$(VERSION)
+GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: build
+build: binaries cluster image ## everything under bin/, the test cluster's own binaries, the agent image
+
+.PHONY: binaries
+binaries: ## bin/culvert, bin/culvertd, bin/culvert-agent
+	@mkdir -p bin
+	$(GOBUILD) -o bin/culvert ./cmd/culvert
+	$(GOBUILD) -o bin/culvertd ./cmd/culvertd
+	$(GOBUILD) -o bin/culvert-agent ./cmd/culvert-agent
+	@ln -sf culvert bin/kubectl-culvert
+
+.PHONY: cluster
+cluster: ## bin/testcluster and what it runs (installs Debian packages that are missing)
+	@$(MAKE) --no-print-directory -C test/cluster packages build
+
+.PHONY: image
+image: ## dist/culvert-agent.tar: the agent's OCI image for amd64 and arm64, no Docker
+	@mkdir -p dist
+	GOOS=linux GOARCH=amd64 $(GOBUILD) -o dist/culvert-agent-amd64 ./cmd/culvert-agent
+	GOOS=linux GOARCH=arm64 $(GOBUILD) -o dist/culvert-agent-arm64 ./cmd/culvert-agent
+	$(GO) run ./deploy/image --bin-amd64 dist/culvert-agent-amd64 --bin-arm64 dist/culvert-agent-arm64 --version $(VERSION) --name $(IMAGE) --out dist/culvert-agent.tar
+
+.PHONY: unit
+unit: ## unit and namespace tests
+	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
+	$(GO) vet ./...
+	$(GO) test ./...
+	cd test/cluster && $(GO) vet . && $(GO) test ./...
+
+.PHONY: e2e
+e2e: build ## the whole product on a real cluster, as ordinary users
+	$(GO) test -count=1 -timeout 40m -tags e2e -v ./test/e2e
+
+.PHONY: test
+test: build unit e2e ## everything: unit, namespace, cluster and e2e tests
+
+.PHONY: demo
+demo: build ## a real cluster, a laptop that joins it, and what it then reaches
+	test/demo
+
+.PHONY: bench
+bench: build ## figures beside raw kubectl port-forward, in the same run
+	$(GO) run ./test/bench
+
+.PHONY: clean
+clean: ## what was built
+	rm -rf bin dist test/cluster/bin test/cluster/images
+
+include deploy/install.mk
