@@ -1,0 +1,237 @@
+// Package netstack joins a gVisor network stack to a WireGuard device: an
+// Endpoint is the stack's link on one side and the device's tun on the other,
+// so that a packet crosses with one copy and without a goroutine between them.
+package netstack
+
+import (
+	"os"
+	"sync"
+
+	"golang.zx2c4.com/wireguard/tun"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+const (
+	// DefaultMTU is what fits a WireGuard message into a UDP packet on Ethernet.
+	DefaultMTU = 1420
+
+	// DefaultQueueBytes bounds the packets that the stack has written and
+	// WireGuard has not read: 16 super-packets, which keeps the encryption busy
+	// while a woken sender refills, and no more, since every byte here is delay.
+	DefaultQueueBytes = 1 << 20
+
+	// batchSize is how many packets WireGuard asks for at once: its own maximum.
+	batchSize = 128
+)
+
+// Config says what an Endpoint is like. A field's zero value is its default.
+type Config struct {
+	// MTU of ordinary packets in bytes, IP header included.
+	MTU int
+	// GSO: the far end takes TCP super-packets with partial checksums
+	// (carrier.FeatureGSO). Without it every packet fits the MTU and has a
+	// complete checksum.
+	GSO bool
+	// QueueBytes bounds the outgoing queue. Data above it waits in its sender.
+	QueueBytes int
+}
+
+// Endpoint is a tun.Device; what the stack behind Link writes is what Read
+// returns, and what Write is given goes into that stack. Its methods may be
+// called concurrently, but Read by one goroutine at a time.
+type Endpoint struct {
+	gso    bool
+	limit  int
+	events chan tun.Event
+	batch  []*stack.PacketBuffer // of Read
+
+	mu       sync.Mutex
+	readable sync.Cond // the queue has a packet, or closed
+	writable sync.Cond // the queue is below its limit, or closed
+	queue    ring
+	dropped  uint64
+	closed   bool
+
+	linkMu     sync.RWMutex
+	dispatcher stack.NetworkDispatcher
+	mtu        uint32
+	onClose    func()
+}
+
+var _ tun.Device = (*Endpoint)(nil)
+
+// New makes an Endpoint that is up. It has no goroutine; Close releases who
+// waits in Read or in the stack.
+func New(c Config) *Endpoint {
+	if c.MTU == 0 {
+		c.MTU = DefaultMTU
+	}
+	if c.QueueBytes == 0 {
+		c.QueueBytes = DefaultQueueBytes
+	}
+	e := &Endpoint{
+		gso:    c.GSO,
+		limit:  c.QueueBytes,
+		mtu:    uint32(c.MTU),
+		events: make(chan tun.Event, 1),
+		batch:  make([]*stack.PacketBuffer, 0, batchSize),
+	}
+	e.readable.L = &e.mu
+	e.writable.L = &e.mu
+	e.events <- tun.EventUp
+	return e
+}
+
+// Link is the side of the Endpoint that a stack's NIC is made of.
+func (e *Endpoint) Link() stack.LinkEndpoint { return (*link)(e) }
+
+// Read waits for packets and copies as many as are queued and fit, each to
+// bufs[i][offset:], its length to sizes[i]. It returns os.ErrClosed after Close.
+func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	e.mu.Lock()
+	for e.queue.len == 0 && !e.closed {
+		e.readable.Wait()
+	}
+	if e.closed {
+		e.mu.Unlock()
+		return 0, os.ErrClosed
+	}
+	full := e.queue.bytes >= e.limit
+	for e.queue.len > 0 && len(e.batch) < min(len(bufs), batchSize) {
+		e.batch = append(e.batch, e.queue.pop())
+	}
+	if full {
+		e.writable.Broadcast()
+	}
+	e.mu.Unlock()
+
+	n := 0
+	for i, p := range e.batch {
+		if size := p.Size(); size <= len(bufs[n])-offset {
+			copyPacket(bufs[n][offset:], p)
+			sizes[n] = size
+			n++
+		}
+		p.DecRef()
+		e.batch[i] = nil
+	}
+	e.batch = e.batch[:0]
+	return n, nil
+}
+
+// copyPacket writes the packet from its IP header on to b, which is large
+// enough. It is PacketBuffer.AsSlices without the slice.
+func copyPacket(b []byte, p *stack.PacketBuffer) {
+	views, skip := p.AsViewList()
+	n := 0
+	for v := views.Front(); v != nil; v = v.Next() {
+		s := v.AsSlice()
+		if skip >= len(s) {
+			skip -= len(s)
+			continue
+		}
+		n += copy(b[n:], s[skip:])
+		skip = 0
+	}
+}
+
+// Write gives the packets bufs[i][offset:] to the stack, super-packets whole.
+// It never waits for the outgoing queue (see link.WritePackets), so two
+// Endpoints that face each other cannot block each other's delivery.
+func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
+	e.linkMu.RLock()
+	d := e.dispatcher
+	e.linkMu.RUnlock()
+	if d == nil {
+		if e.isClosed() {
+			return 0, os.ErrClosed
+		}
+		return len(bufs), nil // no stack attached: as a cable without a machine
+	}
+	for _, b := range bufs {
+		b = b[offset:]
+		if len(b) == 0 {
+			continue
+		}
+		proto := header.IPv4ProtocolNumber
+		switch b[0] >> 4 {
+		case 4:
+		case 6:
+			proto = header.IPv6ProtocolNumber
+		default:
+			continue
+		}
+		p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
+		d.DeliverNetworkPacket(proto, p)
+		p.DecRef()
+	}
+	return len(bufs), nil
+}
+
+// Dropped counts outgoing packets that found the queue full and could not wait.
+func (e *Endpoint) Dropped() uint64 {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.dropped
+}
+
+// Queued is the size of the outgoing queue in bytes.
+func (e *Endpoint) Queued() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.queue.bytes
+}
+
+// MTU is that of ordinary packets, in bytes.
+func (e *Endpoint) MTU() (int, error) {
+	e.linkMu.RLock()
+	defer e.linkMu.RUnlock()
+	return int(e.mtu), nil
+}
+
+// BatchSize is how many packets one Read may return.
+func (e *Endpoint) BatchSize() int { return batchSize }
+
+// Events tells that the device is up, and is closed by Close.
+func (e *Endpoint) Events() <-chan tun.Event { return e.events }
+
+// Name is for WireGuard's log.
+func (e *Endpoint) Name() (string, error) { return "netstack", nil }
+
+// File is nil: there is no descriptor.
+func (e *Endpoint) File() *os.File { return nil }
+
+// Close drops what is queued and releases every waiting Read and sender. The
+// stack is the caller's to close, afterwards. Close may be called repeatedly.
+func (e *Endpoint) Close() error {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return nil
+	}
+	e.closed = true
+	for e.queue.len > 0 {
+		e.queue.pop().DecRef()
+	}
+	close(e.events)
+	e.readable.Broadcast()
+	e.writable.Broadcast()
+	e.mu.Unlock()
+
+	e.linkMu.Lock()
+	onClose := e.onClose
+	e.onClose = nil
+	e.linkMu.Unlock()
+	if onClose != nil {
+		onClose()
+	}
+	return nil
+}
+
+func (e *Endpoint) isClosed() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.closed
+}

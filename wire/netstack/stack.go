@@ -1,0 +1,97 @@
+package netstack
+
+import (
+	"fmt"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+)
+
+// NIC is the only interface of a stack made by NewStack.
+const NIC tcpip.NICID = 1
+
+// Buffers of one TCP connection, in bytes, each way. A connection starts with
+// the default as its bound and uses what is in flight; the maximum is 4 MiB, a
+// gigabit at 32 ms. Smaller ones cost CPU: more wake-ups per byte.
+const (
+	bufferMin     = 4 << 10
+	bufferDefault = 1 << 20
+	bufferMax     = 4 << 20
+)
+
+// timeWait is short because ports of a forwarded connection are chosen by the
+// two real kernels, which keep their own TIME-WAIT.
+const timeWait = 5 * time.Second
+
+// While the carrier is away packets vanish. Retransmission goes on for about an
+// hour (450 times 8 s), and at most 8 s apart, so that a connection is back soon
+// after the carrier is; with the default it could take two minutes more.
+const (
+	maxRTO     = 8 * time.Second
+	maxRetries = 450
+)
+
+// NewStack makes a stack whose only link is ep. It takes packets for any
+// address and sends from any (promiscuous and spoofing), which is how one stack
+// stands for a whole cluster. The caller closes ep first, then the stack.
+func NewStack(ep *Endpoint) (*stack.Stack, error) {
+	s := stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
+	})
+	if err := configure(s, ep); err != nil {
+		ep.Close()
+		s.Destroy()
+		return nil, err
+	}
+	return s, nil
+}
+
+func configure(s *stack.Stack, ep *Endpoint) error {
+	sack := tcpip.TCPSACKEnabled(true)
+	recovery := tcpip.TCPRACKLossDetection
+	control := tcpip.CongestionControlOption("cubic")
+	rto := tcpip.TCPMaxRTOOption(maxRTO)
+	retries := tcpip.TCPMaxRetriesOption(maxRetries)
+	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &control, &rto, &retries, &wait, &send, &receive} {
+		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			return fmt.Errorf("setting TCP option %T: %s", option, err)
+		}
+	}
+	if err := s.CreateNIC(NIC, ep.Link()); err != nil {
+		return fmt.Errorf("creating the stack's interface: %s", err)
+	}
+	if err := s.SetPromiscuousMode(NIC, true); err != nil {
+		return fmt.Errorf("setting promiscuous mode: %s", err)
+	}
+	if err := s.SetSpoofing(NIC, true); err != nil {
+		return fmt.Errorf("setting spoofing: %s", err)
+	}
+	s.SetRouteTable([]tcpip.Route{
+		{Destination: header.IPv4EmptySubnet, NIC: NIC},
+		{Destination: header.IPv6EmptySubnet, NIC: NIC},
+	})
+	return nil
+}
+
+// KeepAlive makes a connection of the stack probe a silent peer. The peer is a
+// machine that may sleep through a meeting and must find its connections alive:
+// they end only after about two hours of silence.
+func KeepAlive(ep tcpip.Endpoint) {
+	idle := tcpip.KeepaliveIdleOption(5 * time.Minute)
+	interval := tcpip.KeepaliveIntervalOption(time.Minute)
+	ep.SetSockOpt(&idle)
+	ep.SetSockOpt(&interval)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, 115)
+	ep.SocketOptions().SetKeepAlive(true)
+}
