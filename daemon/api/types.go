@@ -60,6 +60,9 @@ type ConnectRequest struct {
 	// AtBoot: connect again when the daemon starts, as this user, with Options
 	// and without Env.
 	AtBoot bool `json:"atBoot,omitempty"`
+	// AsUID connects as that user; only root may set it (`sudo culvert connect`
+	// names SUDO_UID). 0: as the caller, which root may not be.
+	AsUID int `json:"asUID,omitempty"`
 }
 
 // DisconnectRequest ends the caller's sessions. With neither ID nor Context
@@ -135,6 +138,26 @@ type Event struct {
 	Session Session `json:"session"`
 }
 
+// Line is one line of a streamed answer (newline-delimited JSON): exactly one
+// field is set. The last line has Error or End; a stream without one was cut.
+type Line struct {
+	Event *Event     `json:"event,omitempty"`
+	Ping  *PingReply `json:"ping,omitempty"`
+	Error *Error     `json:"error,omitempty"`
+	End   bool       `json:"end,omitempty"`
+}
+
+// Version is what the daemon says of itself.
+type Version struct {
+	Version string `json:"version"`
+	PID     int    `json:"pid"`
+}
+
+// FactsRequest names the prefixes that a doctor wants checked for conflicts.
+type FactsRequest struct {
+	Plan []Route `json:"plan,omitempty"`
+}
+
 // Error is an error for the user: what failed, why, and what helps.
 type Error struct {
 	Code    string `json:"code"`           // machine readable, e.g. "forbidden"; see the Code constants
@@ -165,6 +188,8 @@ const (
 	CodeDenied      = "denied"      // caller not allowed
 	CodeTUN         = "tun"         // no /dev/net/tun
 	CodeDNS         = "dns"         // the OS's DNS settings could not be made
+	CodeDaemon      = "daemon"      // the daemon does not run, or went away
+	CodeUnsupported = "unsupported" // on this operating system
 	CodeInternal    = "internal"    // a bug or an I/O error
 	CodeCanceled    = "canceled"    // disconnected while connecting
 	CodeTimeout     = "timeout"     // Options.Timeout passed
