@@ -1,0 +1,261 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/internal/version"
+	"github.com/culvert-dev/culvert/tun"
+	"github.com/culvert-dev/culvert/wire"
+	"github.com/culvert-dev/culvert/wire/carrier"
+)
+
+const (
+	// dialTime bounds one attempt at a stream: a dead API server must not hold
+	// the loop longer than a user would wait.
+	dialTime = 10 * time.Second
+	// The pause between attempts doubles between these two. The first is short
+	// because most breaks are an API server's restart or a proxy's idle cut.
+	firstPause, lastPause = 200 * time.Millisecond, 5 * time.Second
+)
+
+// openTunnel makes WireGuard with fresh keys on the TUN device that the daemon
+// handed over. It has no peer until an agent was met.
+func (s *Session) openTunnel() error {
+	granted := s.network.granted()
+	file := s.network.takeTUN()
+	if file == nil {
+		return errors.New("the daemon handed over no TUN device")
+	}
+	device, err := tun.Open(file)
+	if err != nil {
+		return fmt.Errorf("opening the TUN device %s: %w", granted.Device, err)
+	}
+	key, err := wire.NewPrivateKey()
+	if err != nil {
+		return err
+	}
+	local, err := wire.NewLocal(wire.LocalConfig{
+		TUN: device, Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
+		MTU: mtu, GSO: true, Seed: s.start.Restart > 0, Log: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	bind := carrier.NewBind(carrier.BindConfig{})
+	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind, Log: s.log})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.tunnel, s.local, s.bind, s.key = tunnel, local, bind, key
+	s.mu.Unlock()
+	return nil
+}
+
+// dialAgent opens a stream to the agent's pod, introduces us, and gives the
+// stream to WireGuard.
+func (s *Session) dialAgent(ctx context.Context, agent *cluster.Agent) error {
+	dialer := s.cluster.PortForward(agent, carrier.ControlPort)
+	dialCtx, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	conn, err := dialer.Dial(dialCtx)
+	if err != nil {
+		return err
+	}
+	granted := s.network.granted()
+	known := s.recall()
+	s.mu.Lock()
+	key := s.key
+	s.mu.Unlock()
+	stream, welcome, err := carrier.Dial(dialCtx, conn, carrier.Hello{
+		Protocol: carrier.Protocol, Version: version.Version,
+		Session: s.id, Secret: known.Secret, PublicKey: key.Public().String(),
+		Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
+		MTU: mtu, Features: []string{carrier.FeatureGSO},
+	})
+	if err != nil {
+		conn.Close()
+		return agentError(agent, err)
+	}
+	peer, err := wire.ParseKey(welcome.PublicKey)
+	if err != nil {
+		stream.Close()
+		return fmt.Errorf("reading the agent's public key: %w", err)
+	}
+
+	s.mu.Lock()
+	if s.stream != nil {
+		s.redials++
+	}
+	s.stream, s.carrier = stream, dialer.Name()
+	newPeer := s.peer != welcome.PublicKey
+	s.peer = welcome.PublicKey
+	tunnel, bind := s.tunnel, s.bind
+	s.mu.Unlock()
+	bind.Attach(stream)
+	if newPeer {
+		// The agent may send from every address of the cluster.
+		if err := tunnel.SetPeer(peer, []netip.Prefix{
+			netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0"),
+		}); err != nil {
+			return fmt.Errorf("giving WireGuard its peer: %w", err)
+		}
+	}
+	if known.Instance != "" && known.Instance != welcome.Instance {
+		s.log.Info("another agent answers; connections through the old one end", "pod", agent.Pod)
+	}
+	domain := s.names.agentSays(welcome.ResolvConf, s.options.ClusterDomain)
+	if err := s.remember(ctx, func(r *remembered) { r.Instance, r.Domain = welcome.Instance, domain }); err != nil {
+		return err
+	}
+	s.log.Info("carrier up", "carrier", dialer.Name(), "pod", agent.Pod, "agent version", welcome.Version)
+	s.status.update(func(st *api.Session) {
+		st.Agent = api.AgentStatus{Namespace: agent.Namespace, Pod: agent.Pod, Node: agent.Node, Image: agent.Image, Version: welcome.Version}
+	})
+	return nil
+}
+
+// agentError says what to do when the two ends do not fit.
+func agentError(agent *cluster.Agent, err error) error {
+	var mismatch *carrier.ProtocolError
+	if errors.As(err, &mismatch) {
+		return &api.Error{Code: api.CodeAgent,
+			Message: fmt.Sprintf("the agent image %s does not fit this culvert %s: %v", agent.Image, version.Version, err),
+			Hint:    "use the image of the same version with --image"}
+	}
+	return fmt.Errorf("introducing this session to the agent pod %s/%s: %w", agent.Namespace, agent.Pod, err)
+}
+
+// carrierLoop keeps a stream to the agent up until ctx is done. It returns an
+// error only for what no retry can mend.
+func (s *Session) carrierLoop(ctx context.Context) error {
+	pause := firstPause
+	for ctx.Err() == nil {
+		s.mu.Lock()
+		stream := s.stream
+		s.mu.Unlock()
+		if stream != nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-stream.Done():
+			}
+			s.log.Info("carrier down", "err", stream.Err())
+			s.status.update(func(st *api.Session) {
+				st.State, st.Cause = api.Reconnecting, "the carrier broke: "+cause(stream.Err())
+			})
+		}
+		for ctx.Err() == nil {
+			begun := time.Now()
+			err := s.reconnect(ctx)
+			if err == nil {
+				pause = firstPause
+				s.setConnected()
+				break
+			}
+			if ctx.Err() != nil {
+				return nil
+			}
+			s.log.Info("reconnecting", "err", err)
+			s.explain(err)
+			if fatal(err) {
+				return err
+			}
+			if time.Since(begun) < pause {
+				select {
+				case <-ctx.Done():
+					return nil
+				case <-time.After(pause):
+				}
+			}
+			pause = min(2*pause, lastPause)
+		}
+	}
+	return nil
+}
+
+// reconnect finds the agent, wherever it lives now, and brings the tunnel up
+// through it.
+func (s *Session) reconnect(ctx context.Context) error {
+	findCtx, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	if err := s.excludeServer(findCtx); err != nil {
+		return err
+	}
+	name := s.recall().Agent
+	agent, err := s.cluster.WaitAgent(findCtx, name, func(step string) {
+		s.status.update(func(st *api.Session) {
+			st.State, st.Cause = api.Reconnecting, "waiting for the agent: "+step
+		})
+	})
+	var e *api.Error
+	if errors.As(err, &e) && e.Code == api.CodeNotFound {
+		// Somebody deleted the Deployment: make it again, it is ours.
+		s.log.Info("the agent is gone; making it again", "deployment", name)
+		startCtx, cancel := context.WithTimeout(ctx, defaultTimeout)
+		defer cancel()
+		agent, err = s.cluster.EnsureAgent(startCtx, s.agentSpec(), func(string) {})
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.dialAgent(ctx, agent); err != nil {
+		return err
+	}
+	if _, err := s.ping(ctx, s.network.agentAddr(), 5*time.Second); err != nil {
+		s.mu.Lock()
+		s.stream.Close()
+		s.mu.Unlock()
+		return fmt.Errorf("the agent does not answer through the tunnel: %w", err)
+	}
+	s.network.activate()
+	return s.network.apply(ctx, true)
+}
+
+// explain shows why the session is not back yet.
+func (s *Session) explain(err error) {
+	var e *api.Error
+	state, why := api.Reconnecting, cause(err)
+	if errors.As(err, &e) {
+		why = e.Message
+		if e.Code == api.CodeCredentials {
+			state = api.NeedsLogin
+			if e.Hint != "" {
+				why += "; " + e.Hint
+			}
+		}
+	}
+	s.status.update(func(st *api.Session) { st.State, st.Cause = state, why })
+}
+
+// fatal tells what no retry mends: two ends that do not fit.
+func fatal(err error) bool {
+	var mismatch *carrier.ProtocolError
+	return errors.As(err, &mismatch)
+}
+
+func cause(err error) string {
+	if err == nil {
+		return "closed by the other end"
+	}
+	return err.Error()
+}
+
+func (s *Session) carrierStatus() api.CarrierStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := api.CarrierStatus{Name: s.carrier, Redials: s.redials}
+	if s.stream != nil {
+		c.RTT = s.stream.RTT()
+	}
+	if s.bind != nil {
+		c.Sent, c.Received = s.bind.Stats()
+	}
+	return c
+}

@@ -1,0 +1,127 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/daemon/link"
+)
+
+// cleanupTime bounds what a session does in the cluster after it was told to
+// end, or after its daemon died: long enough for a slow API server, short enough
+// that nobody waits for a dead one.
+const cleanupTime = 15 * time.Second
+
+// Run is the hidden role of the culvert binary: it takes the link from the
+// daemon (descriptor 3), connects, and returns when the session has ended. The
+// error is the user's answer to why it ended other than by being asked to; it
+// has been told to the daemon already.
+func Run(ctx context.Context) error {
+	conn, err := link.FromDaemon()
+	if err != nil {
+		return fmt.Errorf("this command is started by culvertd only: %w", err)
+	}
+	defer conn.Close()
+	// The daemon ends a session over the link; a signal is somebody's kill.
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
+
+	s := newSession(conn)
+	conn.Handle(link.MethodDisconnect, s.handleDisconnect)
+	conn.Handle(link.MethodPing, s.handlePing)
+	conn.Handle(link.MethodSiblings, s.handleSiblings)
+	linkDone := make(chan error, 1)
+	go func() { linkDone <- conn.Run(context.WithoutCancel(ctx)) }()
+
+	var start link.Start
+	if _, err := conn.Call(ctx, link.MethodHello, nil, &start); err != nil {
+		return fmt.Errorf("asking the daemon what to connect to: %w", err)
+	}
+	level := slog.LevelInfo
+	if start.Options.Debug {
+		level = slog.LevelDebug
+	}
+	s.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	s.log.Info("session starts", "id", start.ID, "uid", os.Getuid(), "restart", start.Restart)
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-s.disconnect:
+			cancel(errDisconnect)
+		case err := <-linkDone:
+			cancel(fmt.Errorf("%w: %v", errDaemonGone, err))
+		case <-ctx.Done():
+		}
+	}()
+
+	err = s.run(ctx, start)
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	s.end(err)
+	switch {
+	case errors.Is(err, errDisconnect):
+		return nil
+	default:
+		return err
+	}
+}
+
+var (
+	errDisconnect = errors.New("asked to disconnect")
+	errDaemonGone = errors.New("the daemon is gone")
+)
+
+// end undoes what the session did in the cluster and says its last word. A
+// killed session (SIGTERM from somebody) leaves the agent: the daemon restarts
+// the session, which finds it again.
+func (s *Session) end(err error) {
+	resume := errors.Is(err, context.Canceled)
+	if !resume {
+		s.status.update(func(st *api.Session) {
+			st.State = api.Disconnecting
+			st.Step = "removing the agent"
+		})
+		ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
+		if e := s.removeAgent(ctx); e != nil {
+			s.log.Warn("removing the agent", "err", e)
+			s.status.update(func(st *api.Session) {
+				st.Notes = append(st.Notes, "the agent could not be removed: "+e.Error())
+			})
+		}
+		cancel()
+	}
+	s.close()
+	s.status.update(func(st *api.Session) {
+		st.State, st.Step, st.Cause = api.Disconnected, "", ""
+		if err != nil && !errors.Is(err, errDisconnect) && !resume {
+			st.Error = asError(err)
+		}
+	})
+	if !resume && !errors.Is(err, errDaemonGone) {
+		s.status.flush()
+	}
+	s.log.Info("session ends", "err", err)
+}
+
+// asError gives any error the form that users see.
+func asError(err error) *api.Error {
+	var e *api.Error
+	if errors.As(err, &e) {
+		return e
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return &api.Error{Code: api.CodeTimeout, Message: err.Error(), Hint: "--timeout sets how long connect may take; `culvert logs` shows where it waited"}
+	}
+	return &api.Error{Code: api.CodeInternal, Message: err.Error(), Hint: "`culvert logs` shows more"}
+}

@@ -1,0 +1,149 @@
+package netlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// DaemonLog is where the daemon's own output goes.
+func (m *Machine) DaemonLog() string { return filepath.Join(m.Dir, "run", "culvertd.log") }
+
+func (m *Machine) daemonFlags() []string {
+	return []string{"--socket", m.Socket, "--state-dir", filepath.Join(m.Dir, "state"), "--config", m.Config}
+}
+
+// StartDaemon starts culvertd as root on the laptop, as its unit would, and
+// waits until its socket answers.
+func (m *Machine) StartDaemon(more ...string) error {
+	if m.daemon != nil {
+		return errors.New("the daemon runs already")
+	}
+	log, err := os.OpenFile(m.DaemonLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	cmd := m.Command(context.Background(), Root, filepath.Join(m.Dir, "bin", "culvertd"), append(m.daemonFlags(), more...)...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		log.Close()
+		return err
+	}
+	m.daemon, m.log, m.exited = cmd, log, make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		log.Close()
+		close(m.exited)
+	}()
+	for range 200 {
+		if c, err := net.Dial("unix", m.Socket); err == nil {
+			c.Close()
+			return nil
+		}
+		select {
+		case <-m.exited:
+			m.daemon = nil
+			return fmt.Errorf("culvertd ended at once:\n%s", m.Tail(20))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	return fmt.Errorf("culvertd does not answer on %s:\n%s", m.Socket, m.Tail(20))
+}
+
+// DaemonPID is culvertd's process id: `testcluster exec` becomes the program it
+// runs, so it is the one that was started.
+func (m *Machine) DaemonPID() int {
+	if m.daemon == nil {
+		return 0
+	}
+	return m.daemon.Process.Pid
+}
+
+// StopDaemon ends the daemon as systemd would: SIGTERM, then wait, then what
+// ExecStopPost says.
+func (m *Machine) StopDaemon() error { return m.endDaemon(syscall.SIGTERM, true) }
+
+// KillDaemon is kill -9; nothing runs after it.
+func (m *Machine) KillDaemon() error { return m.endDaemon(syscall.SIGKILL, false) }
+
+func (m *Machine) endDaemon(sig syscall.Signal, cleanup bool) error {
+	if m.daemon == nil {
+		return nil
+	}
+	if err := m.daemon.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-m.exited:
+	case <-time.After(40 * time.Second):
+		return fmt.Errorf("culvertd (pid %d) did not end on %v:\n%s", m.DaemonPID(), sig, m.Tail(20))
+	}
+	m.daemon = nil
+	if cleanup {
+		return m.Cleanup()
+	}
+	return nil
+}
+
+// Cleanup is `culvertd cleanup`, the unit's ExecStopPost.
+func (m *Machine) Cleanup() error {
+	r := m.Run(Root, filepath.Join(m.Dir, "bin", "culvertd"), append([]string{"cleanup"}, m.daemonFlags()...)...)
+	if r.Code != 0 {
+		return fmt.Errorf("culvertd cleanup: %v", r)
+	}
+	return nil
+}
+
+// Tail is the end of the daemon's log.
+func (m *Machine) Tail(lines int) string {
+	b, _ := os.ReadFile(m.DaemonLog())
+	all := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// Culvert runs the CLI as a user of the laptop.
+func (m *Machine) Culvert(u User, args ...string) Result {
+	return m.Run(u, filepath.Join(m.Dir, "bin", "culvert"), args...)
+}
+
+// Cluster runs bin/testcluster.
+func (m *Machine) Cluster(args ...string) Result {
+	return Run(exec.Command(m.Testcluster(), args...))
+}
+
+// Kubeconfig is the path of a user's kubeconfig for a cluster ("" is the first).
+func (m *Machine) Kubeconfig(cluster, user string) (string, error) {
+	args := []string{"kubeconfig", user}
+	if cluster != "" {
+		args = append(args, "--name", cluster)
+	}
+	r := m.Cluster(args...)
+	if r.Code != 0 {
+		return "", fmt.Errorf("testcluster kubeconfig %s: %v", user, r)
+	}
+	return strings.TrimSpace(r.Stdout), nil
+}
+
+// Kubectl runs the cluster's own kubectl as its admin, from the host.
+func (m *Machine) Kubectl(cluster string, stdin io.Reader, args ...string) Result {
+	config, err := m.Kubeconfig(cluster, "admin")
+	if err != nil {
+		return Result{Code: -1, Stderr: err.Error()}
+	}
+	exe := []string{"exec", "cp", "--", "kubectl", "--kubeconfig", config}
+	if cluster != "" {
+		exe = append([]string{"exec", "--name", cluster}, exe[1:]...)
+	}
+	cmd := exec.Command(m.Testcluster(), append(exe, args...)...)
+	cmd.Stdin = stdin
+	return Run(cmd)
+}
