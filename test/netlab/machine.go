@@ -221,10 +221,13 @@ func (m *Machine) Run(u User, name string, args ...string) Result {
 // Inside calls f on a thread in the laptop's network namespace: sockets that f
 // itself opens (with literal addresses, so that no other goroutine dials) are
 // the laptop's.
-func (m *Machine) Inside(f func() error) error {
-	ns, err := netns.GetFromName("culvert-laptop")
+func (m *Machine) Inside(f func() error) error { return In("laptop", f) }
+
+// In is Inside for any machine of the test cluster: node1, lan, ...
+func In(machine string, f func() error) error {
+	ns, err := netns.GetFromName("culvert-" + machine)
 	if err != nil {
-		return fmt.Errorf("the laptop's network namespace: %w", err)
+		return fmt.Errorf("the network namespace of %s: %w", machine, err)
 	}
 	defer ns.Close()
 	done := make(chan error, 1)
