@@ -23,7 +23,11 @@ func (m *Machine) daemonFlags() []string {
 
 // StartDaemon starts culvertd as root on the laptop, as its unit would, and
 // waits until its socket answers.
-func (m *Machine) StartDaemon(more ...string) error {
+func (m *Machine) StartDaemon(more ...string) error { return m.StartDaemonBehind(":", more...) }
+
+// StartDaemonBehind is StartDaemon after a shell command in the daemon's own
+// mount namespace, which takes something away from it.
+func (m *Machine) StartDaemonBehind(before string, more ...string) error {
 	if m.daemon != nil {
 		return errors.New("the daemon runs already")
 	}
@@ -31,7 +35,8 @@ func (m *Machine) StartDaemon(more ...string) error {
 	if err != nil {
 		return err
 	}
-	cmd := m.Command(context.Background(), Root, filepath.Join(m.Dir, "bin", "culvertd"), append(m.daemonFlags(), more...)...)
+	daemon := append([]string{filepath.Join(m.Dir, "bin", "culvertd")}, append(m.daemonFlags(), more...)...)
+	cmd := m.Command(context.Background(), Root, "/bin/sh", append([]string{"-c", before + ` && exec "$@"`, "sh"}, daemon...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
