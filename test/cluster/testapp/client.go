@@ -1,0 +1,172 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+func get(args []string) error {
+	dial := (&net.Dialer{Timeout: 10 * time.Second}).DialContext
+	if len(args) > 2 && args[0] == "--resolve" {
+		addr := args[1]
+		plain := dial
+		dial = func(ctx context.Context, network, _ string) (net.Conn, error) { return plain(ctx, network, addr) }
+		args = args[2:]
+	}
+	url, err := word(args, 0, "URL")
+	if err != nil {
+		return err
+	}
+	client := http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{DialContext: dial}}
+	r, err := client.Get(url)
+	if err != nil {
+		return err
+	}
+	defer r.Body.Close()
+	if _, err := io.Copy(os.Stdout, r.Body); err != nil {
+		return fmt.Errorf("read the body: %w", err)
+	}
+	if r.StatusCode >= 400 {
+		return fmt.Errorf("answer %s", r.Status)
+	}
+	return nil
+}
+
+func lookup(args []string) error {
+	name, err := word(args, 0, "name")
+	if err != nil {
+		return err
+	}
+	addrs, err := net.LookupHost(name)
+	if err != nil {
+		return err
+	}
+	return report(strings.Join(addrs, "\n"), map[string]any{"name": name, "addresses": addrs})
+}
+
+func put(args []string) error {
+	url, err := word(args, 0, "URL")
+	if err != nil {
+		return err
+	}
+	n, err := number(args, 1, 1<<20)
+	if err != nil {
+		return err
+	}
+	body := make([]byte, n)
+	rand.Read(body)
+	req, err := http.NewRequest(http.MethodPut, url, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	r, err := (&http.Client{Timeout: 10 * time.Minute}).Do(req)
+	if err != nil {
+		return err
+	}
+	defer r.Body.Close()
+	var got struct {
+		SHA256 string
+		Length int
+	}
+	if err := json.NewDecoder(r.Body).Decode(&got); err != nil {
+		return fmt.Errorf("answer %s: %w", r.Status, err)
+	}
+	want := sha256.Sum256(body)
+	if got.Length != n || got.SHA256 != hex.EncodeToString(want[:]) {
+		return fmt.Errorf("%d bytes were sent, %d arrived with checksum %s, not %x", n, got.Length, got.SHA256, want)
+	}
+	d := time.Since(start).Seconds()
+	return report(fmt.Sprintf("%d bytes arrived whole, %.1f s", n, d), map[string]any{"bytes": n, "seconds": d})
+}
+
+func udp(args []string) error {
+	addr, err := word(args, 0, "address")
+	if err != nil {
+		return err
+	}
+	size, err := number(args, 1, 512)
+	if err != nil {
+		return err
+	}
+	count, err := number(args, 2, 1)
+	if err != nil {
+		return err
+	}
+	c, err := net.Dial("udp", addr)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	out, in := make([]byte, size), make([]byte, 64<<10)
+	lost := 0
+	for range count {
+		rand.Read(out)
+		if _, err := c.Write(out); err != nil {
+			return err
+		}
+		c.SetReadDeadline(time.Now().Add(2 * time.Second))
+		n, err := c.Read(in)
+		if err != nil {
+			lost++
+			continue
+		}
+		if !bytes.Equal(in[:n], out) {
+			return fmt.Errorf("another datagram came back: %d bytes of %d", n, size)
+		}
+	}
+	if lost == count {
+		return fmt.Errorf("all %d datagrams of %d bytes were lost", count, size)
+	}
+	return report(fmt.Sprintf("%d datagrams of %d bytes, %d lost", count, size, lost), map[string]any{"sent": count, "lost": lost, "size": size})
+}
+
+func hold(args []string) error {
+	addr, err := word(args, 0, "address")
+	if err != nil {
+		return err
+	}
+	seconds, err := number(args, 1, 10)
+	if err != nil {
+		return err
+	}
+	c, err := net.DialTimeout("tcp", addr, 10*time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	b := []byte{0}
+	var n int
+	var longest time.Duration
+	for ; time.Now().Before(end); n++ {
+		start := time.Now()
+		c.SetDeadline(start.Add(time.Minute))
+		b[0] = byte(n)
+		if _, err := c.Write(b); err != nil {
+			return fmt.Errorf("after %d round trips: %w", n, err)
+		}
+		if _, err := io.ReadFull(c, b); err != nil {
+			return fmt.Errorf("after %d round trips: %w", n, err)
+		}
+		if b[0] != byte(n) {
+			return fmt.Errorf("byte %d came back as %d", byte(n), b[0])
+		}
+		longest = max(longest, time.Since(start))
+		time.Sleep(100 * time.Millisecond)
+	}
+	return report(fmt.Sprintf("%d round trips on one connection, longest %v", n, longest), map[string]any{"count": n, "longest_ms": ms(longest)})
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

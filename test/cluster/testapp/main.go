@@ -1,0 +1,84 @@
+// Command testapp is the workload of the test cluster: servers to talk to, and
+// (because its image holds no shell) the small clients used with kubectl exec
+// or from the laptop.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"log"
+	"os"
+	"strconv"
+	"strings"
+)
+
+const usage = `usage: testapp COMMAND
+  serve [--http ADDR,ADDR]             HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003
+                                       (with --http only HTTP, on those addresses)
+  get [--resolve ADDR] URL             HTTP GET, body to stdout
+  lookup NAME                          resolve with this machine's resolver
+  put URL BYTES                        send BYTES random bytes with PUT, check the SHA-256 in the answer
+  udp ADDR SIZE [COUNT]                send datagrams to the UDP echo, check what comes back
+  push ADDR [SECONDS [CONNS]]          throughput to the sink (9002)
+  pull ADDR [SECONDS [CONNS]]          throughput from the source (9003)
+  rtt ADDR [COUNT]                     1-byte round trips with the TCP echo (9000)
+  hold ADDR SECONDS                    one TCP connection to the echo, a byte every 100 ms; fails if it breaks
+  conns ADDR [SECONDS [WORKERS]]       connections per second: connect, 1 byte echoed, close
+Clients take --json before their arguments.
+`
+
+// asJSON is set by --json.
+var asJSON bool
+
+func main() {
+	log.SetFlags(log.LstdFlags | log.Lmicroseconds)
+	var args []string
+	for _, a := range os.Args[1:] {
+		if a == "--json" {
+			asJSON = true
+		} else {
+			args = append(args, a)
+		}
+	}
+	commands := map[string]func([]string) error{
+		"serve": serve, "get": get, "lookup": lookup, "put": put, "udp": udp,
+		"push": push, "pull": pull, "rtt": rtt, "hold": hold, "conns": conns,
+	}
+	if len(args) == 0 || commands[args[0]] == nil {
+		fmt.Fprint(os.Stderr, usage)
+		os.Exit(2)
+	}
+	if err := commands[args[0]](args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "testapp %s: %v\n", strings.Join(args, " "), err)
+		os.Exit(1)
+	}
+}
+
+// word returns an argument that must be there.
+func word(args []string, i int, what string) (string, error) {
+	if i >= len(args) {
+		return "", fmt.Errorf("no %s given", what)
+	}
+	return args[i], nil
+}
+
+// number returns a numeric argument or its default.
+func number(args []string, i, def int) (int, error) {
+	if i >= len(args) {
+		return def, nil
+	}
+	n, err := strconv.Atoi(args[i])
+	if err != nil || n <= 0 {
+		return 0, fmt.Errorf("%q is not a positive number", args[i])
+	}
+	return n, nil
+}
+
+// report prints a result as text or as JSON.
+func report(text string, v any) error {
+	if asJSON {
+		return json.NewEncoder(os.Stdout).Encode(v)
+	}
+	_, err := fmt.Println(text)
+	return err
+}

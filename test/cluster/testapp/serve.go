@@ -1,0 +1,136 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+func serve(args []string) error {
+	errs := make(chan error, 8)
+	addrs := []string{":8080"}
+	if len(args) == 2 && args[0] == "--http" {
+		addrs = strings.Split(args[1], ",")
+	} else {
+		go func() { errs <- serveTCP(":9000", func(c net.Conn) { io.Copy(c, c) }) }()
+		go func() { errs <- serveTCP(":9002", func(c net.Conn) { io.Copy(io.Discard, c) }) }()
+		go func() { errs <- serveTCP(":9003", pour) }()
+		go func() { errs <- serveUDP(":9001") }()
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("find the host name: %w", err)
+	}
+	for _, a := range addrs {
+		go func() { errs <- http.ListenAndServe(a, handler(host)) }()
+	}
+	log.Printf("testapp on %s: http %v, echo 9000/tcp 9001/udp, sink 9002, source 9003", host, addrs)
+	return <-errs
+}
+
+// handler answers HTTP: what it knows of a request, checksums and byte streams.
+func handler(host string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "ok\n") })
+	mux.HandleFunc("PUT /sha256", func(w http.ResponseWriter, r *http.Request) {
+		h := sha256.New()
+		n, err := io.Copy(h, r.Body)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		answer(w, map[string]any{"sha256": hex.EncodeToString(h.Sum(nil)), "length": n, "pod": host})
+	})
+	mux.HandleFunc("GET /bytes", func(w http.ResponseWriter, r *http.Request) {
+		n, err := strconv.ParseInt(r.URL.Query().Get("n"), 10, 64)
+		if err != nil || n < 0 {
+			http.Error(w, "n must be a number of bytes", http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
+		w.Header().Set("Content-Type", "application/octet-stream")
+		io.CopyN(w, &pattern{}, n)
+	})
+	mux.HandleFunc("GET /slow", func(w http.ResponseWriter, r *http.Request) {
+		d, err := time.ParseDuration(r.URL.Query().Get("d"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		time.Sleep(d)
+		io.WriteString(w, "ok\n")
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		log.Printf("%s %s from %s", r.Method, r.URL, r.RemoteAddr)
+		answer(w, map[string]any{
+			"pod": host, "node": os.Getenv("NODE_NAME"), "remote": r.RemoteAddr,
+			"method": r.Method, "host": r.Host, "path": r.URL.Path, "headers": r.Header,
+		})
+	})
+	return mux
+}
+
+func answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(v)
+}
+
+// pattern is an endless stream of bytes that can be checked: byte i is i*7+i/251.
+type pattern struct{ at int64 }
+
+func (p *pattern) Read(b []byte) (int, error) {
+	for i := range b {
+		b[i] = byte(p.at*7 + p.at/251)
+		p.at++
+	}
+	return len(b), nil
+}
+
+func pour(c net.Conn) {
+	b := make([]byte, 256<<10)
+	for {
+		if _, err := c.Write(b); err != nil {
+			return
+		}
+	}
+}
+
+func serveTCP(addr string, f func(net.Conn)) error {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			time.Sleep(10 * time.Millisecond) // out of descriptors, say
+			continue
+		}
+		go func() {
+			defer c.Close()
+			f(c)
+		}()
+	}
+}
+
+func serveUDP(addr string) error {
+	pc, err := net.ListenPacket("udp", addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	b := make([]byte, 64<<10)
+	for {
+		if n, from, err := pc.ReadFrom(b); err == nil {
+			pc.WriteTo(b[:n], from)
+		}
+	}
+}
