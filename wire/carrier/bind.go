@@ -1,34 +1,311 @@
 package carrier
 
-import "golang.zx2c4.com/wireguard/conn"
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.zx2c4.com/wireguard/conn"
+)
+
+const (
+	// gateBytes bounds what is inside WireGuard, each way. A super-packet has
+	// 64 KiB; two cores are busy with about eight of them. More is only delay:
+	// 1 MiB is 84 ms at 100 Mbit/s, in front of what the sockets hold already.
+	gateBytes = 1 << 20
+	// gatePackets bounds the packets, each of which occupies 64 KiB whatever its
+	// length: 256 of them are 16 MiB.
+	gatePackets = 256
+	// outStall and inStall are how long a full gate may be without progress before
+	// a packet passes to find out. Outwards packets wait for a handshake, and they
+	// may; inwards, only what is not authentic never comes out.
+	outStall = time.Second
+	inStall  = 100 * time.Millisecond
+	// inIdle: what entered WireGuard so long ago is decrypted or dropped.
+	inIdle = time.Second
+	// sendWait is how long a batch waits for a stream when there is none: a redial
+	// takes about a second, and what was held then spares the applications' TCP a
+	// retransmission time-out. Then it is dropped.
+	sendWait = time.Second
+)
 
 // BindConfig tunes a Bind; the zero value is right.
 type BindConfig struct {
-	// GateBytes and GatePackets bound what is inside WireGuard, each way.
+	// GateBytes and GatePackets bound what is inside WireGuard, each way;
+	// 0 means 1 MiB and 256.
 	GateBytes, GatePackets int
 }
 
-// Stats counts what a Bind moved.
+// Stats counts what a Bind moved: WireGuard messages and their bytes.
 type Stats struct {
-	Sent, Received, SentPackets, ReceivedPackets, Dropped uint64
-	Streams                                               uint64 // attached so far
+	Sent, Received               uint64 // bytes
+	SentPackets, ReceivedPackets uint64
+	Dropped                      uint64 // packets that found no stream, or whose stream ended
+	Streams                      uint64 // attached so far
+	Stalls                       uint64 // times that a gate had to probe
+	HeldBytes, HeldPackets       int    // inside WireGuard on the way out, now
 }
 
-// Bind is WireGuard's conn.Bind over the attached Stream.
-type Bind struct{}
+// Endpoint is how the one peer of a Bind is written in WireGuard's
+// configuration.
+const Endpoint = "stream:agent"
+
+// endpoint is the only one there is: which stream carries is the Bind's affair,
+// so WireGuard's roaming never sees a change.
+type endpoint struct{}
+
+func (*endpoint) ClearSrc()           {}
+func (*endpoint) SrcToString() string { return "" }
+func (*endpoint) DstToString() string { return Endpoint }
+func (*endpoint) DstToBytes() []byte  { return []byte(Endpoint) }
+func (*endpoint) DstIP() netip.Addr   { return netip.Addr{} }
+func (*endpoint) SrcIP() netip.Addr   { return netip.Addr{} }
+
+// Bind is WireGuard's conn.Bind over the attached Stream. Streams come and go
+// while it is open; WireGuard sees loss at most.
+type Bind struct {
+	ep      endpoint
+	out, in *gate
+	gating  atomic.Bool // a device is at the other end of the gates
+
+	sent, rcvd, sentPkts, rcvdPkts, dropped, streams atomic.Uint64
+
+	mu      sync.Mutex
+	shut    bool          // for good
+	closed  chan struct{} // of the present opening; nil while closed
+	cur     *Stream       // may have ended
+	changed chan struct{} // closed when cur changes
+}
 
 // NewBind makes a Bind without a stream.
-func NewBind(cfg BindConfig) *Bind { return &Bind{} }
+func NewBind(cfg BindConfig) *Bind {
+	if cfg.GateBytes == 0 {
+		cfg.GateBytes = gateBytes
+	}
+	if cfg.GatePackets == 0 {
+		cfg.GatePackets = gatePackets
+	}
+	return &Bind{
+		out:     newGate(cfg.GateBytes, cfg.GatePackets, outStall, 0, 1),
+		in:      newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
+		changed: make(chan struct{}),
+	}
+}
 
-// Attach makes s the stream in use and closes the one before it.
-func (b *Bind) Attach(s *Stream) {}
+// Attach makes s the stream in use and ends the one before it. The Bind owns s:
+// it ends it when it closes. A Bind that was shut down ends s at once.
+func (b *Bind) Attach(s *Stream) {
+	b.mu.Lock()
+	if b.shut {
+		b.mu.Unlock()
+		s.end(net.ErrClosed, "")
+		return
+	}
+	old := b.cur
+	b.cur = s
+	close(b.changed)
+	b.changed = make(chan struct{})
+	b.mu.Unlock()
+	b.streams.Add(1)
+	if old != nil && old != s {
+		old.end(ErrReplaced, ErrReplaced.Error())
+	}
+}
+
+// Stream is the attached stream, nil when none is or it has ended.
+func (b *Bind) Stream() *Stream {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.cur == nil || b.cur.Err() != nil {
+		return nil
+	}
+	return b.cur
+}
+
+// Shutdown closes the Bind for good and releases whatever is blocked in it.
+// Call it before the WireGuard device's Close, which otherwise waits for a Send
+// that waits for the carrier.
+func (b *Bind) Shutdown() {
+	b.mu.Lock()
+	b.shut = true
+	b.mu.Unlock()
+	_ = b.close(true)
+}
 
 // Stats is a snapshot of the counters.
-func (b *Bind) Stats() Stats { return Stats{} }
+func (b *Bind) Stats() Stats {
+	st := Stats{
+		Sent: b.sent.Load(), Received: b.rcvd.Load(),
+		SentPackets: b.sentPkts.Load(), ReceivedPackets: b.rcvdPkts.Load(),
+		Dropped: b.dropped.Load(), Streams: b.streams.Load(),
+	}
+	st.HeldBytes, st.HeldPackets = b.out.held()
+	for _, g := range []*gate{b.out, b.in} {
+		g.mu.Lock()
+		st.Stalls += g.stalls
+		g.mu.Unlock()
+	}
+	return st
+}
 
-func (b *Bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) { return nil, 0, nil }
-func (b *Bind) Close() error                                         { return nil }
-func (b *Bind) SetMark(uint32) error                                 { return nil }
-func (b *Bind) Send(bufs [][]byte, ep conn.Endpoint) error           { return nil }
-func (b *Bind) ParseEndpoint(s string) (conn.Endpoint, error)        { return nil, nil }
-func (b *Bind) BatchSize() int                                       { return conn.IdealBatchSize }
+// Open implements conn.Bind. The port means nothing.
+func (b *Bind) Open(uint16) ([]conn.ReceiveFunc, uint16, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.shut {
+		return nil, 0, net.ErrClosed
+	}
+	if b.closed != nil {
+		return nil, 0, conn.ErrBindAlreadyOpen
+	}
+	closed := make(chan struct{})
+	b.closed = closed
+	return []conn.ReceiveFunc{func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+		return b.receive(closed, msgs, sizes, eps)
+	}}, 1, nil
+}
+
+// Close implements conn.Bind: it releases Send and the receive function. An
+// open Bind ends its stream, because nothing else releases a blocked read of a
+// connection without deadlines; after the next Open, attach a new one.
+func (b *Bind) Close() error { return b.close(false) }
+
+func (b *Bind) close(force bool) error {
+	b.mu.Lock()
+	if b.closed == nil && !force {
+		b.mu.Unlock()
+		return nil // WireGuard closes before it opens: a stream attached early stays
+	}
+	if b.closed != nil {
+		close(b.closed)
+		b.closed = nil
+	}
+	s := b.cur
+	b.cur = nil
+	b.mu.Unlock()
+	if s != nil {
+		s.end(net.ErrClosed, "bind closed")
+	}
+	return nil
+}
+
+// SetMark implements conn.Bind; a stream has no marks.
+func (b *Bind) SetMark(uint32) error { return nil }
+
+// BatchSize implements conn.Bind.
+func (b *Bind) BatchSize() int { return conn.IdealBatchSize }
+
+// ParseEndpoint implements conn.Bind: it knows Endpoint only.
+func (b *Bind) ParseEndpoint(s string) (conn.Endpoint, error) {
+	if s != Endpoint {
+		return nil, fmt.Errorf("endpoint %q is not %q", s, Endpoint)
+	}
+	return &b.ep, nil
+}
+
+// live returns the attached stream if it lives; else what to wait for.
+func (b *Bind) live() (s *Stream, changed, closed <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.cur != nil && b.cur.Err() == nil {
+		s = b.cur
+	}
+	return s, b.changed, b.closed
+}
+
+// Send implements conn.Bind. It blocks as long as the carrier pushes back, but
+// not longer than the stream or the Bind lives. Packets without a stream are
+// dropped after sendWait, which is no error: IP promises no delivery.
+func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
+	if e, ok := ep.(*endpoint); !ok || e != &b.ep {
+		return conn.ErrWrongEndpointType
+	}
+	b.out.busy.Add(1)
+	defer func() {
+		b.out.busy.Add(-1)
+		b.out.leave(msgs)
+	}()
+	s, changed, closed := b.live()
+	if closed == nil {
+		return net.ErrClosed
+	}
+	if s == nil {
+		limit := time.NewTimer(sendWait)
+		defer limit.Stop()
+		select {
+		case <-changed:
+			s, _, _ = b.live()
+		case <-closed:
+			return net.ErrClosed
+		case <-limit.C:
+		}
+	}
+	if s == nil || s.write(msgs) != nil {
+		b.dropped.Add(uint64(len(msgs)))
+		return nil
+	}
+	total := 0
+	for _, m := range msgs {
+		total += len(m)
+	}
+	b.sent.Add(uint64(total))
+	b.sentPkts.Add(uint64(len(msgs)))
+	return nil
+}
+
+// receive is the ReceiveFunc: WireGuard gives up on one that returns an error
+// other than net.ErrClosed, so it waits for the next stream itself.
+func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+	gating := b.gating.Load()
+	k := len(msgs)
+	if gating {
+		if k = min(k, b.in.wait(closed)); k == 0 {
+			return 0, net.ErrClosed
+		}
+	}
+	for {
+		select {
+		case <-closed:
+			return 0, net.ErrClosed
+		default:
+		}
+		s, changed, _ := b.live()
+		if s == nil {
+			select {
+			case <-closed:
+			case <-changed:
+			}
+			continue
+		}
+		n, err := s.read(msgs[:k], sizes)
+		if n == 0 && err != nil {
+			continue // the stream has ended: the next one
+		}
+		if n == 0 {
+			continue
+		}
+		total, data := 0, false
+		for i := range n {
+			eps[i] = &b.ep
+			total += sizes[i]
+			data = data || isData(msgs[i][:sizes[i]])
+		}
+		if gating && data {
+			b.in.enter(msgs, sizes, n)
+		}
+		b.rcvd.Add(uint64(total))
+		b.rcvdPkts.Add(uint64(n))
+		return n, nil
+	}
+}
+
+// isData tells a WireGuard message that carries a packet from handshakes and
+// keepalives, which never reach the device.
+func isData(m []byte) bool {
+	const transport, keepalive = 4, 32
+	return len(m) > keepalive && binary.LittleEndian.Uint32(m) == transport
+}

@@ -2,39 +2,358 @@ package carrier
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// Stream is one introduced byte stream between a session and its agent.
-type Stream struct{}
+const (
+	// pingEvery is how often a stream is pinged: often enough that the shortest
+	// idle limits of load balancers (60 s) never pass, and two pings fit into
+	// deadAfter.
+	pingEvery = 5 * time.Second
+	// deadAfter is how long nothing at all may come from the other end before the
+	// stream counts as lost. TCP itself would take 15 minutes. A retransmission
+	// on a bad link takes 1 to 3 s, so less than 5 s would give up good streams.
+	deadAfter = 10 * time.Second
+	// readBuffer holds eight frames of the longest size: what one read brings.
+	readBuffer = 512 << 10
+	// writeChunk is what is gathered into one Write. 256 KiB amortise the three
+	// writes per frame of SPDY; another writer (a handshake) waits for one chunk
+	// at most.
+	writeChunk = 256 << 10
+	// closeGrace is how long an ending stream tries to tell the other end why.
+	closeGrace = 250 * time.Millisecond
+)
 
-// Done is closed when the stream has ended; Err says why.
-func (s *Stream) Done() <-chan struct{} { return nil }
+// Why a stream ended.
+var (
+	ErrSilent   = errors.New("the other end was silent")
+	ErrReplaced = errors.New("replaced by another stream")
+)
 
-// Err is why the stream ended, nil while it lives.
-func (s *Stream) Err() error { return nil }
+// ClosedError is the reason that the other end gave for ending a stream.
+type ClosedError struct{ Reason string }
 
-// Close ends the stream. It is idempotent.
-func (s *Stream) Close() {}
+func (e *ClosedError) Error() string { return "closed by the other end: " + e.Reason }
 
-// RTT is the last in-band round trip; 0 before the first.
-func (s *Stream) RTT() time.Duration { return 0 }
-
-// Dial introduces the session h to the agent at the other end of c.
-func Dial(ctx context.Context, c net.Conn, h Hello) (*Stream, Welcome, error) {
-	return nil, Welcome{}, errors.New("carrier: not built yet")
-}
-
-// Accept is the agent's end of Dial.
-func Accept(ctx context.Context, c net.Conn, answer func(Hello) Welcome) (*Stream, Hello, error) {
-	return nil, Hello{}, errors.New("carrier: not built yet")
-}
-
-// Dialer is one way to the agent.
+// Dialer is one way to the agent: port-forward, later others. The net.Conn it
+// makes need not know deadlines, but its Close must release blocked reads and
+// writes.
 type Dialer interface {
 	// Name is what status shows, e.g. "port-forward (WebSocket)".
 	Name() string
 	Dial(ctx context.Context) (net.Conn, error)
+}
+
+// Stream is one introduced byte stream between a session and its agent, made by
+// Dial or Accept. Attach it to a Bind, which reads and writes it. All methods
+// may be called at any time from any goroutine.
+type Stream struct {
+	c       net.Conn
+	started time.Time
+
+	in frameReader // of the one goroutine that reads
+
+	wmu sync.Mutex // guards writes to c
+	out []byte
+
+	once   sync.Once
+	done   chan struct{}
+	err    error // set before done is closed
+	reason string
+	wg     sync.WaitGroup
+
+	pongs chan uint64   // capacity 1: the newest ping to answer
+	pings chan struct{} // capacity 1: send one now
+	beat  chan struct{} // capacity 1: liveness was changed
+
+	ping, dead atomic.Int64 // durations
+	waiting    atomic.Int64 // since when one read has blocked, on the clock of started; 0: none does
+	rtt        atomic.Int64
+	sent, rcvd atomic.Uint64
+}
+
+func newStream(c net.Conn) *Stream {
+	s := &Stream{
+		c: c, started: time.Now(), in: frameReader{src: c}, done: make(chan struct{}),
+		pongs: make(chan uint64, 1), pings: make(chan struct{}, 1), beat: make(chan struct{}, 1),
+	}
+	s.ping.Store(int64(pingEvery))
+	s.dead.Store(int64(deadAfter))
+	return s
+}
+
+// start starts the goroutines of an introduced stream.
+func (s *Stream) start() {
+	s.wg.Add(2)
+	go s.watch()
+	go s.answer()
+}
+
+// Done is closed when the stream has ended; Err says why.
+func (s *Stream) Done() <-chan struct{} { return s.done }
+
+// Err is why the stream ended, nil while it lives.
+func (s *Stream) Err() error {
+	select {
+	case <-s.done:
+		return s.err
+	default:
+		return nil
+	}
+}
+
+// Close ends the stream and its connection and waits. It is idempotent.
+func (s *Stream) Close() { s.CloseFor("") }
+
+// CloseFor is Close, with a reason that the other end is told if it listens.
+func (s *Stream) CloseFor(reason string) {
+	s.end(net.ErrClosed, reason)
+	s.wg.Wait()
+}
+
+// RTT is the last in-band round trip, 0 before the first.
+func (s *Stream) RTT() time.Duration { return time.Duration(s.rtt.Load()) }
+
+// Sent and Received count bytes with their frames' headers.
+func (s *Stream) Sent() uint64     { return s.sent.Load() }
+func (s *Stream) Received() uint64 { return s.rcvd.Load() }
+
+// SetLiveness changes how often the stream is pinged and how long it may be
+// silent. The defaults are 5 s and 10 s.
+func (s *Stream) SetLiveness(ping, dead time.Duration) {
+	s.ping.Store(int64(ping))
+	s.dead.Store(int64(dead))
+	select {
+	case s.beat <- struct{}{}:
+	default:
+	}
+}
+
+// Alive pings now and tells whether anything came from the other end within
+// timeout. If not, the stream ends with ErrSilent. It is for moments of doubt:
+// a network change, a wake from sleep. The stream must be attached.
+func (s *Stream) Alive(timeout time.Duration) bool {
+	before := s.rcvd.Load()
+	select {
+	case s.pings <- struct{}{}:
+	default:
+	}
+	limit := time.NewTimer(timeout)
+	defer limit.Stop()
+	tick := time.NewTicker(max(timeout/50, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.done:
+			return false
+		case <-tick.C:
+			if s.rcvd.Load() != before {
+				return true
+			}
+		case <-limit.C:
+			s.end(fmt.Errorf("%w for %v", ErrSilent, timeout), "")
+			return false
+		}
+	}
+}
+
+// end ends the stream without waiting; the first error stays.
+func (s *Stream) end(err error, reason string) {
+	s.once.Do(func() {
+		s.err, s.reason = err, reason
+		close(s.done)
+	})
+}
+
+// watch ends a stream that is silent, and closes the connection of one that has
+// ended. Closing is here, and not in end, because the Close of a TLS or SPDY
+// connection may write and so block for a while.
+func (s *Stream) watch() {
+	defer s.wg.Done()
+	tick := time.NewTicker(time.Duration(s.dead.Load()) / 5)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.done:
+			if s.reason != "" && s.wmu.TryLock() {
+				release := time.AfterFunc(closeGrace, func() { s.c.Close() })
+				_, _ = s.c.Write(appendFrame(nil, frameClose, []byte(s.reason[:min(len(s.reason), maxReason)])))
+				release.Stop()
+				s.wmu.Unlock()
+			}
+			_ = s.c.Close()
+			return
+		case <-s.beat:
+			tick.Reset(time.Duration(s.dead.Load()) / 5)
+			select {
+			case s.pings <- struct{}{}: // and answer takes the new interval
+			default:
+			}
+		case <-tick.C:
+			dead := time.Duration(s.dead.Load())
+			if at := s.waiting.Load(); at != 0 && time.Since(s.started)-time.Duration(at) > dead {
+				s.end(fmt.Errorf("%w for %v", ErrSilent, dead), "")
+			}
+		}
+	}
+}
+
+// answer writes pings and pongs: never the goroutine that reads, since two ends
+// that both write before they read on would block each other.
+func (s *Stream) answer() {
+	defer s.wg.Done()
+	timer := time.NewTimer(0) // the first ping at once, for status to show an RTT
+	defer timer.Stop()
+	for {
+		typ, v := byte(framePing), uint64(0)
+		select {
+		case <-s.done:
+			return
+		case v = <-s.pongs:
+			typ = framePong
+		case <-s.pings:
+		case <-timer.C:
+		}
+		if typ == framePing {
+			timer.Reset(time.Duration(s.ping.Load()))
+			v = uint64(time.Since(s.started))
+		}
+		var body [8]byte
+		binary.BigEndian.PutUint64(body[:], v)
+		s.wmu.Lock()
+		s.out = appendFrame(s.out[:0], typ, body[:])
+		err := s.flush()
+		s.wmu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// flush writes s.out; s.wmu is held.
+func (s *Stream) flush() error {
+	n, err := s.c.Write(s.out)
+	s.out = s.out[:0]
+	s.sent.Add(uint64(n))
+	if err != nil {
+		s.end(fmt.Errorf("writing to the carrier: %w", err), "")
+	}
+	return err
+}
+
+// write sends messages, blocking as long as the carrier pushes back. A frame
+// that is half written when the stream ends dies with it.
+func (s *Stream) write(msgs [][]byte) error {
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	for i, m := range msgs {
+		s.out = append(appendHeader(s.out, frameData, len(m)), m...)
+		last := i == len(msgs)-1
+		if !last && len(s.out)+headerLen+len(msgs[i+1]) <= writeChunk {
+			continue
+		}
+		if err := s.flush(); err != nil {
+			return err
+		}
+		if !last {
+			// Let a waiting handshake or pong in between.
+			s.wmu.Unlock()
+			s.wmu.Lock()
+		}
+	}
+	return nil
+}
+
+// read waits for messages and returns all that are there, at least one. Only
+// one goroutine may read at a time.
+func (s *Stream) read(msgs [][]byte, sizes []int) (int, error) {
+	n := 0
+	for {
+		for n < len(msgs) {
+			typ, body, ok, err := s.in.next()
+			if err != nil {
+				s.end(fmt.Errorf("reading from the carrier: %w", err), "broken frame")
+				return n, err
+			}
+			if !ok {
+				break
+			}
+			if typ != frameData {
+				if err := s.control(typ, body); err != nil {
+					return n, err
+				}
+				continue
+			}
+			if len(body) > 0 && len(body) <= maxMessage && len(body) <= len(msgs[n]) {
+				sizes[n] = copy(msgs[n], body)
+				n++
+			}
+		}
+		if n > 0 {
+			return n, nil
+		}
+		select {
+		case <-s.done:
+			return 0, s.err
+		default:
+		}
+		before := s.in.w - s.in.r
+		s.waiting.Store(int64(max(time.Since(s.started), 1)))
+		err := s.in.fill(readBuffer)
+		s.waiting.Store(0)
+		if err != nil {
+			s.end(fmt.Errorf("reading from the carrier: %w", err), "")
+			return 0, err
+		}
+		s.rcvd.Add(uint64(s.in.w - s.in.r - before))
+	}
+}
+
+// control handles a frame that is not data, in the goroutine that reads.
+func (s *Stream) control(typ byte, body []byte) error {
+	switch typ {
+	case framePing:
+		if len(body) != 8 {
+			break
+		}
+		select {
+		case <-s.pongs: // an older ping that was not answered yet
+		default:
+		}
+		select {
+		case s.pongs <- binary.BigEndian.Uint64(body):
+		default:
+		}
+	case framePong:
+		if len(body) != 8 {
+			break
+		}
+		if d := time.Since(s.started) - time.Duration(binary.BigEndian.Uint64(body)); d > 0 && d < time.Hour {
+			s.rtt.Store(int64(d))
+		}
+	case frameClose:
+		err := &ClosedError{Reason: printable(body)}
+		s.end(err, "")
+		return err
+	}
+	return nil // a second introduction means nothing
+}
+
+// printable makes the other end's text safe for a terminal and a log.
+func printable(b []byte) string {
+	b = b[:min(len(b), maxReason)]
+	out := make([]rune, 0, len(b))
+	for _, r := range string(b) {
+		if r < ' ' || r >= 0x7f && r < 0xa0 || r == 0xfffd {
+			r = '?'
+		}
+		out = append(out, r)
+	}
+	return string(out)
 }
