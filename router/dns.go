@@ -24,6 +24,22 @@ type Env struct {
 	Log          *slog.Logger // nil: slog.Default()
 }
 
+func (e Env) withDefaults() Env {
+	def := func(s *string, value string) {
+		if *s == "" {
+			*s = value
+		}
+	}
+	def(&e.ResolvConf, "/etc/resolv.conf")
+	def(&e.StateDir, "/var/lib/culvert")
+	def(&e.ResolvedConf, "/run/systemd/resolve/resolv.conf")
+	def(&e.NSSwitch, "/etc/nsswitch.conf")
+	if e.Log == nil {
+		e.Log = slog.Default()
+	}
+	return e
+}
+
 // SessionDNS is what the OS shall ask of one session's forwarder.
 type SessionDNS struct {
 	Device  string
@@ -32,3 +48,11 @@ type SessionDNS struct {
 	Domains []string       // names and everything below them
 	Search  []string       // appended to single-label names; also asked of Server
 }
+
+// loopback is the address at which a slot's forwarder answers in mode
+// resolvconf: 53 is DNS, 83 an "S"; nothing else that we know is there, and
+// 127.0.0.53 is systemd-resolved's.
+func loopback(slot int) netip.Addr { return netip.AddrFrom4([4]byte{127, 53, 83, byte(1 + slot)}) }
+
+// loopbacks holds the loopback address of every slot.
+var loopbacks = netip.MustParsePrefix("127.53.83.0/24")

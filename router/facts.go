@@ -2,8 +2,6 @@ package router
 
 import (
 	"net/netip"
-
-	"github.com/culvert-dev/culvert/daemon/api"
 )
 
 // Facts is what the machine's network looks like without culvert: our own
@@ -46,5 +44,3 @@ type SessionRanges struct {
 	Routes   []netip.Prefix
 	Excluded []netip.Prefix
 }
-
-var _ api.Conflict

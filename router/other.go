@@ -1,11 +1,11 @@
+//go:build !linux
+
 package router
 
 import (
 	"context"
 	"errors"
 	"net/netip"
-
-	"github.com/culvert-dev/culvert/daemon/api"
 )
 
 var errUnsupported = errors.New("not supported on this system yet")
@@ -19,15 +19,6 @@ func Congestion() string { return "" }
 
 func Local() (*Facts, error)         { return nil, errUnsupported }
 func (e Env) Local() (*Facts, error) { return nil, errUnsupported }
-
-// Always returns what is never captured: DNS servers, gateways, connected prefixes.
-func (f *Facts) Always() []api.Route { return nil }
-
-func (f *Facts) Conflicts(plan []api.Route, excluded []netip.Prefix) []api.Conflict { return nil }
-
-func PickAddresses(f *Facts, avoid []netip.Prefix, taken []netip.Addr) (tunnel, agent, inbound []netip.Addr, err error) {
-	return nil, nil, nil, errUnsupported
-}
 
 type DNS struct{}
 

@@ -72,6 +72,8 @@ type Router struct {
 	mu         sync.Mutex
 	congestion string   // what the kernel accepted for the routes; see Congestion
 	notes      []string // see Notes
+	// noCongestion: the kernel refused our choice; routes go without.
+	noCongestion bool
 }
 
 // New returns the Router of a slot (0 to MaxSlots-1) and its device. It changes nothing.
