@@ -116,12 +116,9 @@ func (c *Conn) Run(ctx context.Context) error {
 	c.wg.Add(1)
 	go c.serveNotices(ctx)
 	err := c.read(ctx)
+	close(c.notices) // those that came are still served: a last word counts
 	c.Close()
-	cancel()
 	c.wg.Wait()
-	for len(c.notices) > 0 {
-		closeFiles((<-c.notices).files)
-	}
 	return err
 }
 
@@ -290,13 +287,8 @@ func (c *Conn) serve(ctx context.Context, m message) {
 
 func (c *Conn) serveNotices(ctx context.Context) {
 	defer c.wg.Done()
-	for {
-		select {
-		case m := <-c.notices:
-			c.handle(ctx, m)
-		case <-c.done:
-			return
-		}
+	for m := range c.notices {
+		c.handle(ctx, m)
 	}
 }
 

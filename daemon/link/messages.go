@@ -25,7 +25,8 @@ const (
 const (
 	MethodDisconnect = "disconnect" // nil -> nil; clean up in the cluster, then exit 0
 	MethodPing       = "ping"       // api.PingRequest -> []api.PingReply
-	MethodSiblings   = "siblings"   // []Sibling -> nil; the other sessions' DNS forwarders
+	MethodSiblings   = "siblings"   // notification []Sibling; the other sessions' DNS forwarders, whole list
+	MethodMachineDNS = "machineDNS" // notification []netip.AddrPort; Start.MachineDNS changed
 )
 
 // MaxRemember bounds what a session may keep in the daemon, in bytes.
