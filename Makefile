@@ -51,7 +51,11 @@ test: build unit e2e ## everything: unit, namespace, cluster and e2e tests
 
 .PHONY: demo
 demo: build ## a real cluster, a laptop that joins it, and what it then reaches
-	test/demo
+	$(GO) run ./test/demo up
+
+.PHONY: demo-down
+demo-down: ## end what `make demo` left running
+	$(GO) run ./test/demo down
 
 .PHONY: bench
 bench: build ## figures beside raw kubectl port-forward, in the same run

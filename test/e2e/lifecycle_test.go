@@ -144,7 +144,7 @@ func TestDaemonKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 			time.Sleep(2 * time.Second)
-			if got := sh(t, "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'"); got != "192.168.50.1" {
+			if got := sh(t, "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'"); got != "198.51.100.80" {
 				t.Errorf("2 s after kill -9, www.example.test is %q", got)
 			}
 			root(t, "ping -c1 -W2 192.168.50.1")
@@ -200,7 +200,7 @@ func TestTwoSessions(t *testing.T) {
 		"echo.demo.svc.corp.internal":          "10.97.",
 		"echo.demo.svc.culvert-test.culvert":   "10.96.",
 		"echo.demo.svc.culvert-test-b.culvert": "10.97.",
-		"www.example.test":                     "192.168.50.1",
+		"www.example.test":                     "198.51.100.80",
 	} {
 		got := sh(t, "getent ahostsv4 "+name+" | head -1 | awk '{print $1}'")
 		if !strings.HasPrefix(got, prefix) {

@@ -56,7 +56,7 @@ func run(m *testing.M) int {
 	if !*keep {
 		defer lab.Cluster("down", "--all")
 	}
-	if image, err = loadImage(lab, "dist/culvert-agent.tar"); err != nil {
+	if image, err = lab.LoadImage("", "b"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -65,21 +65,6 @@ func run(m *testing.M) int {
 		return 1
 	}
 	return m.Run()
-}
-
-// loadImage gives an image tarball to the nodes of both clusters and returns the
-// name that it has there.
-func loadImage(m *netlab.Machine, tar string) (string, error) {
-	for _, more := range [][]string{nil, {"--name", "b"}} {
-		if r := m.Cluster(append([]string{"load", m.Repo + "/" + tar}, more...)...); r.Code != 0 {
-			return "", fmt.Errorf("loading %s: %v", tar, r)
-		}
-	}
-	name, err := os.ReadFile(m.Repo + "/" + strings.TrimSuffix(tar, ".tar") + ".name")
-	if err != nil {
-		return "", err
-	}
-	return strings.TrimSpace(string(name)), nil
 }
 
 // kubeconfig is the path of a user's kubeconfig.

@@ -135,7 +135,7 @@ func TestReach(t *testing.T) {
 			"web-0.web":                          web0,
 			"web-0.web.demo":                     web0,
 			"web-0.web.demo.svc.cluster.local":   web0,
-			"www.example.test":                   "192.168.50.1",
+			"www.example.test":                   "198.51.100.80",
 		} {
 			got := sh(t, "getent ahostsv4 "+name+" | awk '{print $1}' | sort -u")
 			if !strings.Contains(got+"\n", want+"\n") {
@@ -199,7 +199,7 @@ func TestReach(t *testing.T) {
 		}
 	})
 	t.Run("the machine's own network", func(t *testing.T) {
-		if got := sh(t, "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'"); got != "192.168.50.1" {
+		if got := sh(t, "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'"); got != "198.51.100.80" {
 			t.Errorf("www.example.test is %q", got)
 		}
 		root(t, "ping -c1 -W2 192.168.50.1")

@@ -152,3 +152,26 @@ func (m *Machine) Kubectl(cluster string, stdin io.Reader, args ...string) Resul
 	cmd.Stdin = stdin
 	return Run(cmd)
 }
+
+// LoadImage gives the agent image of `make image` to the nodes of the clusters
+// named (none: the first one) and returns the name that it has there.
+func (m *Machine) LoadImage(clusters ...string) (string, error) {
+	if len(clusters) == 0 {
+		clusters = []string{""}
+	}
+	tar := filepath.Join(m.Repo, "dist", "culvert-agent.tar")
+	for _, c := range clusters {
+		args := []string{"load", tar}
+		if c != "" {
+			args = append(args, "--name", c)
+		}
+		if r := m.Cluster(args...); r.Code != 0 {
+			return "", fmt.Errorf("loading %s: %v", tar, r)
+		}
+	}
+	name, err := os.ReadFile(filepath.Join(m.Repo, "dist", "culvert-agent.name"))
+	if err != nil {
+		return "", fmt.Errorf("reading the image's name (run `make image` first): %w", err)
+	}
+	return strings.TrimSpace(string(name)), nil
+}

@@ -65,21 +65,26 @@ func Repo() (string, error) {
 	return "", errors.New("not inside a culvert checkout")
 }
 
-// New makes the laptop's files below a fresh directory that only root may
-// change (the daemon starts no session binary from elsewhere) and installs what
-// the checkout's bin holds.
+// New makes the laptop's files below a fresh directory; see NewAt.
 func New() (*Machine, error) {
-	repo, err := Repo()
-	if err != nil {
-		return nil, err
-	}
 	dir, err := os.MkdirTemp("/var/lib", "culvert-lab-")
 	if err != nil {
 		return nil, fmt.Errorf("making the laptop's directory (root is needed): %w", err)
 	}
+	return NewAt(dir)
+}
+
+// NewAt makes the laptop's files in dir, which only root may change (the daemon
+// starts no session binary from elsewhere), and installs what the checkout's bin
+// holds.
+func NewAt(dir string) (*Machine, error) {
+	repo, err := Repo()
+	if err != nil {
+		return nil, err
+	}
 	m := &Machine{Dir: dir, Repo: repo, Socket: filepath.Join(dir, "run", "culvert.sock"), Config: filepath.Join(dir, "etc", "culvertd.yaml")}
 	for _, d := range []string{"bin", "etc", "home", "run", "state"} {
-		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
 		}
 	}
@@ -146,6 +151,13 @@ func (m *Machine) Testcluster() string { return filepath.Join(m.Repo, "bin", "te
 // Testapp is the cluster's test program, as a client on the laptop.
 func (m *Machine) Testapp() string {
 	return filepath.Join(m.Repo, "test", "cluster", "bin", "testapp")
+}
+
+// Enter is the command line that runs what follows it as a user of the laptop,
+// for a person to type.
+func (m *Machine) Enter(u User) []string {
+	cmd := m.Command(context.Background(), u, "env", "-i")
+	return append(cmd.Args, cmd.Env...)
 }
 
 // enter runs what follows in the laptop, seeing its users, as one of them.
