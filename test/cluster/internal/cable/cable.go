@@ -117,7 +117,7 @@ func (c *cable) carry(from, to *os.File) {
 	defer close(queue)
 	go func() {
 		for p := range queue {
-			if d := time.Until(p.at); d > 0 {
+			if d := time.Until(p.at); d > 100*time.Microsecond { // a sleep takes up to a millisecond
 				time.Sleep(d)
 			}
 			to.Write(p.frame) // an error is a lost frame: the device is down or full
