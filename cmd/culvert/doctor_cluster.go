@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/term"
+
+	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/daemon/api"
+)
+
+// doctorTimeout bounds all that the doctor asks of the API server.
+const doctorTimeout = 30 * time.Second
+
+// cluster checks kubeconfig, credentials, rights, ranges and agent.
+func (e *examination) cluster(ctx context.Context) {
+	paths, _, err := kubeconfigPaths(e.app.kubeconfig, e.caller.env, e.caller.home)
+	if err == nil {
+		e.opts.Kubeconfig = strings.Join(paths, ":")
+		e.target, err = newTarget(e.opts, e.caller.env, e.caller.home)
+	}
+	if err != nil {
+		e.addError("kubeconfig", bad, err)
+		e.add("cluster", skip, "", "not known without a kubeconfig")
+		return
+	}
+	t := e.target
+	e.opts.Context, e.opts.Namespace = t.Context, t.Namespace
+	e.add("kubeconfig", good, "", "context %q, namespace %q, %s", t.Context, t.Namespace, t.Server)
+
+	start := time.Now()
+	name, err := whoAmI(ctx, t, term.IsTerminal(int(e.app.in.Fd())))
+	if err != nil {
+		e.addError("api server", bad, err)
+		e.add("cluster", skip, "", "not known without the API server")
+		return
+	}
+	e.add("api server", good, "", "it answers in %s and knows you as %s", took(time.Since(start)), or(name, "somebody who may use it"))
+	e.findSession(ctx)
+
+	c, err := cluster.Open(e.opts)
+	if err != nil {
+		e.addError("cluster", bad, err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	e.rights(ctx, c)
+	e.ranges(ctx, c)
+	e.agent(ctx, c)
+}
+
+// findSession finds the caller's session of the target.
+func (e *examination) findSession(ctx context.Context) {
+	sessions, err := e.client.Sessions(ctx)
+	if err != nil {
+		return // the daemon's own check said so
+	}
+	i := slices.IndexFunc(sessions, func(s api.Session) bool {
+		return s.UID == e.caller.uid && s.Context == e.target.Context && s.Server == e.target.Server && s.State != api.Disconnected
+	})
+	if i < 0 {
+		return
+	}
+	e.session = &sessions[i]
+	switch s := e.session; s.State {
+	case api.Connected:
+		e.add("session", good, "", "connected since %s", s.Since.Format(time.DateTime))
+	default:
+		e.add("session", warn, e.app.name+" logs", "%s", strings.TrimSuffix(string(s.State)+": "+detail(*s), ": "))
+	}
+}
+
+// rights checks each verb that connect uses, needed or not.
+func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
+	checks, err := c.Access(ctx)
+	if err != nil {
+		e.addError("rights", bad, err)
+		return
+	}
+	const fix = "an administrator grants it: kubectl apply -f deploy/rbac/culvert.yaml, and a RoleBinding to you"
+	for _, k := range checks {
+		where := "in the whole cluster"
+		if k.Namespace != "" {
+			where = "in namespace " + k.Namespace
+		}
+		v, may := good, "may"
+		if !k.Allowed {
+			v, may = warn, "may not"
+			if k.Needed {
+				v = bad
+			}
+		}
+		e.add("rights", v, fix, "you %s %s %s %s: %s", may, k.Verb, k.Resource, where, k.Why)
+	}
+}
+
+func (e *examination) ranges(ctx context.Context, c *cluster.Cluster) {
+	r, err := c.Ranges(ctx)
+	if err != nil {
+		e.addError("ranges", bad, err)
+		return
+	}
+	for i, route := range r.Routes {
+		if i == summaryRoutes {
+			e.add("ranges", good, "", "and %d more", len(r.Routes)-i)
+			break
+		}
+		e.add("ranges", good, "", "%s (%s)", route.Prefix, route.Source)
+	}
+	for _, n := range r.Notes {
+		e.add("ranges", warn, e.app.name+" connect --include-ips RANGE adds what is missing", "%s", n)
+	}
+	e.plan = e.planned(r.Routes)
+	if len(e.plan) == 0 {
+		e.add("ranges", bad, e.app.name+" connect --include-ips RANGE", "no range of the cluster is visible to you")
+	}
+}
+
+// planned is what connect would route: the cluster's ranges and --include-ips,
+// without what --exclude-ips covers whole. A part of a range that is excluded
+// stays in the plan; the daemon's answer names the rest.
+func (e *examination) planned(routes []api.Route) []api.Route {
+	include, _, _ := cluster.ParseSelectors(e.opts.IncludeIPs)
+	for _, p := range include {
+		routes = append(routes, api.Route{Prefix: p, Source: "--include-ips"})
+	}
+	exclude, _, _ := cluster.ParseSelectors(e.opts.ExcludeIPs)
+	return slices.DeleteFunc(routes, func(r api.Route) bool {
+		return slices.ContainsFunc(exclude, func(x netip.Prefix) bool {
+			return x.Bits() <= r.Prefix.Bits() && x.Overlaps(r.Prefix)
+		})
+	})
+}
+
+// agent checks the image and whether the namespace would take the agent's pod.
+func (e *examination) agent(ctx context.Context, c *cluster.Cluster) {
+	if s := e.session; s != nil && s.Agent.Pod != "" {
+		e.add("agent", good, "", "%s runs %s", agentText(s.Agent), strings.TrimSpace(s.Agent.Image+" "+s.Agent.Version))
+		return
+	}
+	policy := or(e.opts.ImagePullPolicy, "IfNotPresent")
+	spec := cluster.AgentSpec{
+		Session: "doctor", Image: e.opts.Image, PullPolicy: policy, PullSecrets: e.opts.ImagePullSecrets,
+		NodeSelector: e.opts.NodeSelector, Labels: e.opts.Labels, Annotations: e.opts.Annotations,
+		ServiceAccount: e.opts.ServiceAccount, PodQuota: e.opts.PodQuota,
+	}
+	if err := c.Preflight(ctx, spec); err != nil {
+		e.addError("agent", bad, err)
+		return
+	}
+	e.add("agent", good, "", "namespace %q would take the agent's pod (image %s, pull policy %s; pulling is tried by connect)", e.opts.Namespace, e.opts.Image, policy)
+}

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+)
+
+func (a *app) statusCommand() *cobra.Command {
+	var watch, routes bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show what is connected",
+		Long: `Status lists your sessions. With --output wide (or --routes) every route and
+exclusion is listed with where it came from; with --output json the list is as
+the daemon's API has it. The exit code is 0 as long as the daemon answers.`,
+		Example: examples(a.name, `
+culvert status
+culvert status -o wide
+culvert status --watch
+culvert status -o json`),
+		Args:        cobra.NoArgs,
+		Annotations: map[string]string{wideOutput: "yes"},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client := api.New(a.socket)
+			wide := routes || a.output == "wide"
+			if watch {
+				return a.watch(cmd.Context(), client, wide)
+			}
+			sessions, err := a.sessions(cmd.Context(), client)
+			if err != nil {
+				return err
+			}
+			return a.printSessions(a.out, sessions, wide, time.Now())
+		},
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show every change until Ctrl-C")
+	cmd.Flags().BoolVar(&routes, "routes", false, "list all routes and exclusions with their sources")
+	return cmd
+}
+
+// printSessions writes the list of sessions in the chosen form.
+func (a *app) printSessions(w io.Writer, sessions []api.Session, wide bool, now time.Time) error {
+	if a.json() {
+		if sessions == nil {
+			sessions = []api.Session{}
+		}
+		enc := json.NewEncoder(w)
+		enc.SetEscapeHTML(false)
+		enc.SetIndent("", "  ")
+		return enc.Encode(sessions)
+	}
+	if len(sessions) == 0 {
+		fmt.Fprintf(w, "Nothing is connected. `%s connect` joins the cluster of the current context.\n", a.name)
+		return nil
+	}
+	users := slices.ContainsFunc(sessions, func(s api.Session) bool { return s.UID != sessions[0].UID })
+	t := newTable(w)
+	head := []string{"CONTEXT", "STATE", "FOR", "DEVICE", "ROUTES", "AGENT", "CARRIER", "RTT", "DETAIL"}
+	if users {
+		head = append([]string{"USER"}, head...)
+	}
+	t.row(head...)
+	for _, s := range sessions {
+		row := []string{
+			s.Context, string(s.State), took(now.Sub(s.Since)), or(s.Device, "-"), strconv.Itoa(len(s.Routes)),
+			or(strings.TrimPrefix(s.Agent.Namespace+"/"+s.Agent.Pod, "/"), "-"), or(s.Carrier.Name, "-"), "-", detail(s),
+		}
+		if s.Carrier.RTT > 0 {
+			row[7] = took(s.Carrier.RTT)
+		}
+		if users {
+			row = append([]string{or(s.User, strconv.Itoa(s.UID))}, row...)
+		}
+		t.row(row...)
+	}
+	t.flush()
+	for _, s := range sessions {
+		if s.Error != nil && s.Error.Hint != "" {
+			fmt.Fprintf(w, "hint: %s: %s\n", s.Context, printable(s.Error.Hint))
+		}
+		for _, n := range s.Notes {
+			fmt.Fprintf(w, "note: %s: %s\n", s.Context, printable(n))
+		}
+	}
+	if wide {
+		for _, s := range sessions {
+			printSession(w, s)
+		}
+	}
+	return nil
+}
+
+// detail is why a session is in its state.
+func detail(s api.Session) string {
+	switch {
+	case s.State == api.Disconnected && s.Error != nil:
+		return s.Error.Message
+	case s.Cause != "":
+		return s.Cause
+	case s.Step != "":
+		return s.Step
+	}
+	return ""
+}
+
+// printSession writes all there is to know of a session.
+func printSession(w io.Writer, s api.Session) {
+	fmt.Fprintf(w, "\n%s\n", printable(s.Context))
+	t := newTable(w)
+	t.row("  server", s.Server)
+	t.row("  namespace", s.Namespace)
+	t.row("  device", deviceText(s))
+	t.row("  names", dnsText(s.DNS))
+	if len(s.DNS.Domains) > 0 {
+		t.row("  domains", strings.Join(s.DNS.Domains, " "))
+	}
+	t.row("  agent", agentText(s.Agent))
+	t.row("  image", strings.TrimSpace(s.Agent.Image+" "+s.Agent.Version))
+	t.row("  carrier", fmt.Sprintf("%s, redialled %d times, %s sent, %s received", or(s.Carrier.Name, "none"), s.Carrier.Redials, bytesText(s.Carrier.Sent), bytesText(s.Carrier.Received)))
+	t.row("  session", fmt.Sprintf("%s, pid %d, restarted %d times", s.ID, s.PID, s.Restarts))
+	if s.AtBoot {
+		t.row("  at boot", "connects again")
+	}
+	t.flush()
+	t = newTable(w)
+	for _, r := range s.Routes {
+		t.row("  route", r.Prefix.String(), r.Source)
+	}
+	for _, r := range s.Excluded {
+		t.row("  exclude", r.Prefix.String(), r.Source)
+	}
+	t.flush()
+}
+
+// watch shows every change until Ctrl-C: the table drawn anew on a terminal, a
+// line per change elsewhere.
+func (a *app) watch(ctx context.Context, client *api.Client, wide bool) error {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var sessions []api.Session
+	redraw := terminal(a.out)
+	if redraw {
+		fmt.Fprint(a.out, "\x1b[H\x1b[2J")
+		_ = a.printSessions(a.out, nil, false, time.Now())
+	}
+	return client.Watch(ctx, func(e api.Event) {
+		s := e.Session
+		switch {
+		case a.json():
+			a.printJSONLine(a.out, e)
+			return
+		case !redraw:
+			fmt.Fprintln(a.out, strings.TrimRight(fmt.Sprintf("%s  %s  %s  %s", time.Now().Format(time.TimeOnly), printable(s.Context), s.State, printable(detail(s))), " "))
+			return
+		}
+		i := slices.IndexFunc(sessions, func(o api.Session) bool { return o.ID == s.ID })
+		switch {
+		case i < 0 && s.State != api.Disconnected:
+			sessions = append(sessions, s)
+		case i >= 0 && s.State == api.Disconnected && s.Error == nil:
+			sessions = slices.Delete(sessions, i, i+1)
+		case i >= 0:
+			sessions[i] = s
+		}
+		fmt.Fprint(a.out, "\x1b[H\x1b[2J")
+		_ = a.printSessions(a.out, sessions, wide, time.Now())
+	})
+}
+
+func or(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
+}
+
+// bytesText is a number of bytes as people read it.
+func bytesText(n uint64) string {
+	const units = "kMGTPE"
+	if n < 1000 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/1000, 0
+	for f >= 999.95 && i < len(units)-1 {
+		f, i = f/1000, i+1
+	}
+	return fmt.Sprintf("%.1f %cB", f, units[i])
+}
