@@ -166,14 +166,17 @@ func (r *resolvConf) watch(ctx context.Context, done chan struct{}) {
 }
 
 func (r *resolvConf) look() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := r.file.stamps()
-	if !r.active || now == r.seen || time.Now().Before(r.notTill) {
+	if !r.stale() {
 		return
 	}
 	// Half-written files are common here (truncate, then write): let it settle.
 	time.Sleep(settle)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.active {
+		return
+	}
+	now := r.file.stamps()
 	if now[0] != r.seen[0] {
 		r.log.Warn("resolv.conf was changed by another program, taking it back", "path", r.file.path)
 		r.notTill = time.Now().Add(r.tokens.take(time.Now()))
@@ -185,6 +188,13 @@ func (r *resolvConf) look() {
 		r.log.Warn("resolv.conf not taken back", "path", r.file.path, "err", err)
 		r.notTill = time.Now().Add(calm)
 	}
+}
+
+// stale tells whether there is something to do, and it may be done now.
+func (r *resolvConf) stale() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.active && r.file.stamps() != r.seen && !time.Now().Before(r.notTill)
 }
 
 // release puts the original back and waits for watch.
