@@ -67,6 +67,11 @@ func (s *Site) SetLink(change func(*Link)) (Link, error) {
 		if err := s.refilter(s.present()); err != nil {
 			return l, err
 		}
+		if !l.Pods { // what was let in must not live on
+			if err := network.ForgetConnections(s.Site); err != nil {
+				return l, err
+			}
+		}
 	}
 	return l, nil
 }

@@ -25,7 +25,10 @@ func Launch(self string, s *Spec) error {
 	cmd := exec.Command(self, "machine", "start", s.Path())
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// It dies with us, until it has joined the groups that Kill looks in.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Run(); err != nil {
 		console, _ := os.ReadFile(filepath.Join(s.LogDir(), "console.log"))
 		return fmt.Errorf("start machine %s: %w\n%s%s", s.Name, err, out.Bytes(), console)

@@ -132,10 +132,18 @@ func OpenPods(s *plan.Site, c *plan.Cluster, open bool) error {
 			}
 		}
 	}
-	if !open { // connections that were let in must not live on
-		wan.Run("", "conntrack", "-F")
-	}
 	return nil
+}
+
+// ForgetConnections makes wan judge every connection anew.
+func ForgetConnections(s *plan.Site) error {
+	wan, err := Open(s.Netns("", plan.Wan))
+	if err != nil {
+		return err
+	}
+	defer wan.Close()
+	_, err = wan.Run("", "conntrack", "-F")
+	return err
 }
 
 // DetachCluster removes a cluster's devices and routes from wan, if wan is there.
