@@ -33,6 +33,11 @@ const (
 func (f *Forwarder) serveUDP(ctx context.Context, conn net.PacketConn) error {
 	var asking sync.WaitGroup
 	defer asking.Wait()
+	if c, ok := conn.(*net.UDPConn); ok {
+		// Room for a burst of about 1,000 questions, as far as rmem_max allows; a
+		// dropped question costs its asker 5 s.
+		_ = c.SetReadBuffer(1 << 20)
+	}
 	b := make([]byte, dns.MaxMsgSize)
 	for broken := 0; ; {
 		n, from, err := conn.ReadFrom(b)
