@@ -36,10 +36,7 @@ func (s *Session) openTunnel() error {
 	if err != nil {
 		return fmt.Errorf("opening the TUN device %s: %w", granted.Device, err)
 	}
-	key, err := wire.NewPrivateKey()
-	if err != nil {
-		return err
-	}
+	key := wire.NewPrivateKey()
 	local, err := wire.NewLocal(wire.LocalConfig{
 		TUN: device, Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
 		MTU: mtu, GSO: true, Seed: s.start.Restart > 0, Log: s.log,

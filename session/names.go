@@ -21,7 +21,8 @@ type names struct {
 	// mu guards everything below.
 	mu        sync.Mutex
 	forwarder *dns.Forwarder
-	domain    string // cluster domain
+	domain    string           // cluster domain
+	machine   []netip.AddrPort // the machine's own resolvers, in mode resolvconf
 	siblings  []link.Sibling
 	cancel    context.CancelFunc
 	done      chan struct{}
@@ -52,35 +53,37 @@ func (n *names) agentSays(resolvConf, asked string) string {
 
 // get makes the forwarder when it is first needed.
 func (n *names) get() *dns.Forwarder {
-	s := n.session
-	granted := s.network.granted()
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.forwarder == nil {
+		n.forwarder = n.newLocked()
+	}
+	return n.forwarder
+}
+
+// newLocked makes a forwarder; one serves one set of sockets.
+func (n *names) newLocked() *dns.Forwarder {
+	s := n.session
 	if n.domain == "" {
 		n.domain = s.recall().Domain
 	}
 	if n.domain == "" {
 		n.domain = defaultDomain
 	}
-	if n.forwarder == nil {
-		var agents []netip.AddrPort
-		for _, a := range granted.Agent {
-			agents = append(agents, netip.AddrPortFrom(a, 53))
-		}
-		n.forwarder = dns.New(dns.Config{
-			Context: s.cluster.Context(), Namespace: s.cluster.Namespace(), ClusterDomain: n.domain,
-			Cluster: agents, Machine: s.start.MachineDNS, Names: s.cluster.Services(),
-			Ranges: s.network.prefixes, Log: s.log,
-		})
-		n.forwarder.SetSiblings(siblings(n.siblings))
-	}
-	return n.forwarder
+	services := s.cluster.Services()
+	f := dns.New(dns.Config{
+		Context: s.cluster.Context(), Namespace: s.cluster.Namespace(), ClusterDomain: n.domain,
+		Cluster: s.network.agentServers(), Machine: n.machine, Names: services,
+		Namespaces: services.Namespaces, Ranges: s.network.prefixes, Log: s.log,
+	})
+	f.SetSiblings(siblings(n.siblings))
+	return f
 }
 
 // settings is what the OS shall ask of us.
 func (n *names) settings() *link.DNS {
 	f := n.get()
-	f.SetClusterDomain(n.clusterDomain())
+	f.SetCluster(n.clusterDomain(), n.session.cluster.Namespace(), n.session.network.agentServers())
 	domains, search := f.Domains()
 	return &link.DNS{Mode: n.session.options.DNS, ClusterDomain: n.clusterDomain(), Domains: domains, Search: search}
 }
@@ -115,11 +118,15 @@ func (n *names) serve(udp, tcp *os.File, granted link.Granted) error {
 		listeners = append(listeners, l)
 	}
 	n.close()
-	f := n.get()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	n.mu.Lock()
-	n.cancel, n.done = cancel, done
+	n.machine = nil
+	if granted.DNSMode == "resolvconf" {
+		n.machine = n.session.start.MachineDNS
+	}
+	f := n.newLocked()
+	n.forwarder, n.cancel, n.done = f, cancel, done
 	n.mu.Unlock()
 	go func() {
 		defer close(done)

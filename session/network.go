@@ -282,6 +282,15 @@ func (n *network) agentAddr() netip.Addr {
 	return netip.Addr{}
 }
 
+// agentServers are where the agent's DNS relay answers.
+func (n *network) agentServers() []netip.AddrPort {
+	var servers []netip.AddrPort
+	for _, a := range n.granted().Agent {
+		servers = append(servers, netip.AddrPortFrom(a, 53))
+	}
+	return servers
+}
+
 // prefixes are the cluster's ranges: for names of addresses (PTR).
 func (n *network) prefixes() []netip.Prefix {
 	n.mu.Lock()

@@ -30,7 +30,7 @@ func Run(ctx context.Context) error {
 	}
 	defer conn.Close()
 	// The daemon ends a session over the link; a signal is somebody's kill.
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	killed, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 
@@ -56,6 +56,8 @@ func Run(ctx context.Context) error {
 	defer cancel(nil)
 	go func() {
 		select {
+		case <-killed.Done():
+			cancel(errKilled)
 		case <-s.disconnect:
 			cancel(errDisconnect)
 		case err := <-linkDone:
@@ -80,37 +82,36 @@ func Run(ctx context.Context) error {
 var (
 	errDisconnect = errors.New("asked to disconnect")
 	errDaemonGone = errors.New("the daemon is gone")
+	errKilled     = errors.New("killed by a signal")
 )
 
 // end undoes what the session did in the cluster and says its last word. A
-// killed session (SIGTERM from somebody) leaves the agent: the daemon restarts
-// the session, which finds it again.
+// session that somebody killed (SIGTERM) leaves the agent and says nothing: the
+// daemon starts another process, which finds it again.
 func (s *Session) end(err error) {
-	resume := errors.Is(err, context.Canceled)
-	if !resume {
+	if errors.Is(err, errKilled) {
+		s.close()
+		s.log.Info("session process ends; another one takes over")
+		return
+	}
+	s.status.update(func(st *api.Session) {
+		st.State, st.Step, st.Cause = api.Disconnecting, "removing the agent", ""
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
+	defer cancel()
+	if e := s.removeAgent(ctx); e != nil {
+		s.log.Warn("removing the agent", "err", e)
 		s.status.update(func(st *api.Session) {
-			st.State = api.Disconnecting
-			st.Step = "removing the agent"
+			st.Notes = append(st.Notes, "the agent could not be removed: "+e.Error())
 		})
-		ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
-		if e := s.removeAgent(ctx); e != nil {
-			s.log.Warn("removing the agent", "err", e)
-			s.status.update(func(st *api.Session) {
-				st.Notes = append(st.Notes, "the agent could not be removed: "+e.Error())
-			})
-		}
-		cancel()
 	}
 	s.close()
 	s.status.update(func(st *api.Session) {
-		st.State, st.Step, st.Cause = api.Disconnected, "", ""
-		if err != nil && !errors.Is(err, errDisconnect) && !resume {
+		st.State, st.Step = api.Disconnected, ""
+		if !errors.Is(err, errDisconnect) {
 			st.Error = asError(err)
 		}
 	})
-	if !resume && !errors.Is(err, errDaemonGone) {
-		s.status.flush()
-	}
 	s.log.Info("session ends", "err", err)
 }
 
