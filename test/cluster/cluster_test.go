@@ -213,6 +213,20 @@ func testLink(l *lab) {
 	if out, err := rtt(); err != nil {
 		l.Fatalf("pods on: %v: %s", err, out)
 	}
+	l.mustKubectl("b", "-n", "demo", "expose", "deployment", "echo", "--name", "at-node", "--type", "NodePort", "--port", "8080")
+	port := l.mustKubectl("b", "-n", "demo", "get", "service", "at-node", "-o", "jsonpath={.spec.ports[0].nodePort}")
+	var fetched string
+	for range 20 { // kube-proxy learns of it
+		var err error
+		if fetched, err = l.laptop("testapp", "get", "http://172.31.0.11:"+port+"/"); err == nil {
+			fetched = ""
+			break
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	if fetched != "" {
+		l.Errorf("a node port: %s", fetched)
+	}
 	hold := l.command("exec", "laptop", "--", "testapp", "hold", ip+":9000", "12")
 	var out bytes.Buffer
 	hold.Stdout, hold.Stderr = &out, &out
@@ -229,6 +243,7 @@ func testLink(l *lab) {
 	}
 	l.must("link", "--rate", "0", "--loss", "30%")
 	l.laptop("ping", "-c", "20", "-i", "0.02", "172.31.0.10")
+	killCable(l)
 	l.must("link", "--cut", "on")
 	if out, err := l.laptop("ping", "-c", "1", "-W", "1", "172.31.0.10"); err == nil {
 		l.Errorf("cut, and yet: %s", out)
@@ -246,6 +261,22 @@ func testLink(l *lab) {
 	l.must("link", "--reset")
 	if out, err := rtt(); err == nil {
 		l.Errorf("pods off: %s", out)
+	}
+}
+
+// killCable kills the process that copies the laptop's frames; PID 1 starts it again.
+func killCable(l *lab) {
+	l.Helper()
+	l.must("exec", "--inside", "wan", "--", "sh", "-c",
+		// The quotes keep the shell from finding itself.
+		`for p in /proc/[0-9]*; do case $(tr '\0' ' ' < $p/cmdline) in *"machine ca""ble"*) kill -9 ${p#/proc/};; esac; done`)
+	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if _, err := l.laptop("ping", "-c", "1", "-W", "1", "172.31.0.10"); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			l.Fatal("the cable did not come back")
+		}
 	}
 }
 
