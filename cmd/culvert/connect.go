@@ -199,7 +199,7 @@ func (a *app) summary(w io.Writer, s api.Session, d time.Duration) {
 			t.row("", fmt.Sprintf("and %d more: %s status -o wide", len(s.Routes)-i, a.name))
 			break
 		}
-		t.row("  "+label, r.Prefix.String(), r.Source)
+		t.row(fmt.Sprintf("  %-7s", label), r.Prefix.String(), r.Source)
 	}
 	t.flush()
 	t = newTable(w)

@@ -52,9 +52,7 @@ func (a *app) disconnect(ctx context.Context, name string) error {
 		chosen = slices.DeleteFunc(slices.Clone(sessions), func(s api.Session) bool { return s.Context != name && s.ID != name })
 	}
 	if len(chosen) == 0 {
-		// A session that is to come back at the next boot may be at rest now:
-		// the daemon forgets it.
-		err := client.Disconnect(ctx, api.DisconnectRequest{Context: name}, nil)
+		err := a.forget(ctx, client, name)
 		var e *api.Error
 		if err != nil && !(errors.As(err, &e) && e.Code == api.CodeNotFound) {
 			return err
@@ -79,6 +77,15 @@ func (a *app) disconnect(ctx context.Context, name string) error {
 		}
 	}
 	return nil
+}
+
+// forget asks the daemon to forget a session that is at rest now but would come
+// back at the next boot. Root does not ask: its request would mean everybody's.
+func (a *app) forget(ctx context.Context, client *api.Client, name string) error {
+	if os.Getuid() == 0 {
+		return &api.Error{Code: api.CodeNotFound, Message: "nothing is connected"}
+	}
+	return client.Disconnect(ctx, api.DisconnectRequest{Context: name}, nil)
 }
 
 // sessions are those of the caller, also behind sudo, where the daemon shows

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"strings"
@@ -12,10 +13,16 @@ import (
 
 // table aligns columns. Text from the cluster is printed without control
 // characters, so that no name there moves the cursor here.
-type table struct{ w *tabwriter.Writer }
+type table struct {
+	to   io.Writer
+	text bytes.Buffer // what tabwriter made; it leaves blanks where last cells are empty
+	w    *tabwriter.Writer
+}
 
-func newTable(w io.Writer) *table {
-	return &table{tabwriter.NewWriter(trimmer{w}, 0, 8, 2, ' ', 0)}
+func newTable(to io.Writer) *table {
+	t := &table{to: to}
+	t.w = tabwriter.NewWriter(&t.text, 0, 8, 2, ' ', 0)
+	return t
 }
 
 func (t *table) row(cells ...string) {
@@ -25,19 +32,11 @@ func (t *table) row(cells ...string) {
 	fmt.Fprintln(t.w, strings.Join(cells, "\t"))
 }
 
-func (t *table) flush() { t.w.Flush() }
-
-// trimmer takes the blanks off the ends of lines, which tabwriter leaves where
-// the last cells are empty. It is given whole lines: tabwriter writes on Flush.
-type trimmer struct{ w io.Writer }
-
-func (t trimmer) Write(p []byte) (int, error) {
-	lines := strings.Split(string(p), "\n")
-	for i, l := range lines[:len(lines)-1] {
-		lines[i] = strings.TrimRight(l, " ")
+func (t *table) flush() {
+	t.w.Flush()
+	for line := range strings.Lines(t.text.String()) {
+		fmt.Fprintln(t.to, strings.TrimRight(line, " \n"))
 	}
-	_, err := io.WriteString(t.w, strings.Join(lines, "\n"))
-	return len(p), err
 }
 
 // printable drops control characters and keeps a text on one line.
