@@ -9,12 +9,14 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/culvert-dev/culvert/test/cluster/internal/network"
 )
 
 // Devices in wan.
 const (
-	bridge = "home"
-	port   = "laptop"
+	bridge = network.HomeBridge
+	port   = network.LaptopPort
 	tap    = "wire" // stands in for the port in the bridge
 )
 
