@@ -19,9 +19,6 @@ import (
 )
 
 const (
-	// maxRoutes bounds the excluded prefixes of a session (router.Validate bounds
-	// the routed ones): more would make each change of the network slow.
-	maxRoutes = 4096
 	// maxExcludeAddrs bounds the API server and proxy addresses of a session.
 	maxExcludeAddrs = 256
 	// minMTU is IPv6's least (RFC 8200, section 5).
@@ -37,9 +34,9 @@ type machine struct {
 	log *slog.Logger
 
 	mu        sync.Mutex
-	devices   map[string]*device     // by session id
-	resolvers map[string]*resolver   // by requested mode
-	guard     *guard                 // while /etc/resolv.conf is ours
+	devices   map[string]*device   // by session id
+	resolvers map[string]*resolver // by requested mode
+	guard     *guard               // while /etc/resolv.conf is ours
 }
 
 // device is one session's share of the machine.
@@ -128,13 +125,8 @@ func (m *machine) validate(n link.Network) error {
 		return usage("the context's name is too long or not printable")
 	case n.MTU < minMTU || n.MTU > maxMTU:
 		return usage("MTU %d is not between %d and %d", n.MTU, minMTU, maxMTU)
-	case len(n.Excluded) > maxRoutes:
-		return usage("%d excluded prefixes are more than %d", len(n.Excluded), maxRoutes)
 	}
 	for _, r := range slices.Concat(n.Plan, n.Excluded) {
-		if !r.Prefix.IsValid() {
-			return usage("a prefix of %q is not valid", cleanText(r.Source))
-		}
 		if len(r.Source) > 256 || cleanText(r.Source) != r.Source {
 			return usage("the source of %v is too long or not printable", r.Prefix)
 		}
@@ -147,6 +139,9 @@ func (m *machine) validate(n link.Network) error {
 			return usage("DNS mode %.32q is none of auto, resolved, resolvconf, none", n.DNS.Mode)
 		}
 		domains = slices.Concat(n.DNS.Domains, n.DNS.Search)
+	}
+	if err := router.ValidateExcluded(n.Excluded); err != nil {
+		return err
 	}
 	return router.Validate(n.Plan, domains, m.cfg.Policy)
 }
@@ -185,6 +180,21 @@ func (m *machine) collidesLocked(d *device, n link.Network, facts *router.Facts)
 	}
 	e.Hint = strings.Join(flags, " ")
 	return e
+}
+
+// conflicts says what plan would collide with, for a doctor. The caller's own
+// sessions are not counted: their ranges are routed already, by themselves.
+func (m *machine) conflicts(who caller, plan []api.Route) ([]api.Conflict, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	facts, err := m.factsLocked("")
+	if err != nil {
+		return nil, err
+	}
+	facts.Sessions = slices.DeleteFunc(facts.Sessions, func(r router.SessionRanges) bool {
+		return m.devices[r.ID].session.account.UID == who.UID
+	})
+	return facts.Conflicts(plan, nil), nil
 }
 
 // factsLocked reads the machine's network and adds the other sessions.

@@ -149,6 +149,13 @@ func (v *supervisor) outputOf(c caller, id string) (*session, error) {
 	return nil, err
 }
 
+// idle: no session is on this machine.
+func (v *supervisor) idle() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.sessions) == 0
+}
+
 // connected remembers an at-boot session once it proved to work.
 func (v *supervisor) connected(s *session) {
 	if !s.atBoot {
