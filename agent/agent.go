@@ -1,37 +1,241 @@
-// Package agent is the far end of a session inside the cluster: it accepts the
-// session's WireGuard packets and gives each flow a real socket of its pod.
+// Package agent is the far end of a session, inside the cluster: it takes the
+// session's WireGuard packets from the carrier, ends TCP, UDP and ICMP echo in a
+// network stack of its own, and gives each flow a real socket of its pod, so
+// that the cluster sees ordinary pod traffic. It needs no privilege.
+//
+// # Memory
+//
+// Everything is bounded; the sums, with the defaults of Config:
+//
+//   - an idle TCP connection: about 20 KB (two goroutines, a gVisor endpoint, a
+//     socket), and no copy buffer: bytes go from one side's queue to the other's
+//     without a stop between. MaxTCP of them: 320 MB; a pod with a smaller limit
+//     gets a smaller MaxTCP (see New).
+//   - a busy TCP connection: what its two gVisor queues hold, at most 4 MiB each.
+//     In all: governor keeps the heap below 60 % of the memory limit by taking
+//     queues down to 32 KiB each while it is above.
+//   - a UDP flow: 10 KB and at most 128 KiB queued each way; MaxUDP of them, the
+//     idlest gives way. At most 64 datagram buffers of 64 KiB are in use.
+//   - echo requests: 256 at once, 64 KiB each at most. DNS: 512 queries at once,
+//     64 KiB each at most, and 64 TCP connections.
+//   - the queue to WireGuard: 1 MiB, 2 with control packets. What is inside
+//     WireGuard is bounded by carrier.Bind.
+//   - streams that have not introduced themselves: 16.
 package agent
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/culvert-dev/culvert/wire"
+	"github.com/culvert-dev/culvert/wire/carrier"
 )
 
-// Config of an Agent.
+// Config of an Agent. A field's zero value is its default.
 type Config struct {
+	// ControlAddr is where streams are accepted: 127.0.0.1:7531. Never other than
+	// loopback in a pod: who reaches it may introduce himself.
 	ControlAddr string
+	// MetricsAddr serves /metrics, /healthz and /readyz: 127.0.0.1:7532.
 	MetricsAddr string
-	ResolvConf  string
-	MaxTCP      int
-	MaxUDP      int
+	// ResolvConf is the path of the pod's resolver settings: /etc/resolv.conf.
+	ResolvConf string
+	// PodIPs are the pod's own addresses; those of the interfaces if empty.
+	PodIPs []netip.Addr
+	// MaxTCP and MaxUDP bound the flows at one time: 16384 and 4096, or fewer
+	// where MemoryLimit is small.
+	MaxTCP, MaxUDP int
+	// MemoryLimit in bytes, for the whole process: 512 MiB, which is what the
+	// pod's limit should be; see MemoryLimit, the function.
+	MemoryLimit int64
 	Log         *slog.Logger
 }
 
-// Agent serves one session.
-type Agent struct{ cfg Config }
+// connectionCost is the memory that an idle TCP connection is reckoned with.
+const connectionCost = 20 << 10
 
-// New makes an Agent without side effects.
-func New(c Config) *Agent { return &Agent{cfg: c} }
+func (c Config) withDefaults() Config {
+	if c.ControlAddr == "" {
+		c.ControlAddr = fmt.Sprintf("127.0.0.1:%d", carrier.ControlPort)
+	}
+	if c.MetricsAddr == "" {
+		c.MetricsAddr = fmt.Sprintf("127.0.0.1:%d", carrier.MetricsPort)
+	}
+	if c.ResolvConf == "" {
+		c.ResolvConf = "/etc/resolv.conf"
+	}
+	if c.MemoryLimit <= 0 {
+		c.MemoryLimit = 512 << 20
+	}
+	if c.MaxTCP <= 0 {
+		// Idle connections may take two thirds of the memory.
+		c.MaxTCP = int(min(16384, max(256, c.MemoryLimit*2/3/connectionCost)))
+	}
+	if c.MaxUDP <= 0 {
+		c.MaxUDP = int(min(4096, max(128, c.MemoryLimit/10/connectionCost)))
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	return c
+}
 
-// Run serves until ctx ends.
-func (a *Agent) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+// timing holds the durations that tests shorten.
+type timing struct {
+	dial     time.Duration // of a TCP connection: a client's SYN comes again after it
+	udpIdle  time.Duration // as conntrack's udp_timeout_stream
+	dnsIdle  time.Duration // of a UDP flow to port 53
+	echo     time.Duration // wait for a reply to one echo request
+	dnsTry   time.Duration // wait for one nameserver
+	hello    time.Duration // for a new stream to introduce itself
+	sweep    time.Duration // between two looks for idle UDP flows
+	governor time.Duration // between two looks at the heap
+}
 
-// Close stops Run and waits for it.
-func (a *Agent) Close() error { return nil }
+func defaultTiming() timing {
+	return timing{
+		dial:     20 * time.Second,
+		udpIdle:  2 * time.Minute,
+		dnsIdle:  30 * time.Second,
+		echo:     10 * time.Second,
+		dnsTry:   2 * time.Second,
+		hello:    10 * time.Second,
+		sweep:    2 * time.Second,
+		governor: 100 * time.Millisecond,
+	}
+}
 
-// DialSession connects to the session's inbound address.
+// Agent serves the first session that it meets, until Close. It goes on while
+// the session is away: connections wait for the session to come back.
+type Agent struct {
+	cfg      Config
+	times    timing
+	log      *slog.Logger
+	key      wire.Key
+	instance string
+	metrics  *metrics
+	notes    notes
+	unmet    chan struct{} // a slot for each stream not yet introduced
+
+	cancelMu sync.Mutex
+	cancel   context.CancelFunc
+	done     chan struct{} // closed when Run has returned
+	closed   bool
+
+	// mu guards what the session brought. Lock order: mu, then a node's locks.
+	mu    sync.Mutex
+	owner *owner
+}
+
+// New makes an Agent with fresh keys. It opens nothing before Run.
+func New(cfg Config) *Agent {
+	cfg = cfg.withDefaults()
+	var id [8]byte
+	_, _ = rand.Read(id[:]) // never fails (crypto/rand, Go 1.24)
+	a := &Agent{
+		cfg:      cfg,
+		times:    defaultTiming(),
+		log:      cfg.Log,
+		key:      wire.NewPrivateKey(),
+		instance: hex.EncodeToString(id[:]),
+		unmet:    make(chan struct{}, maxUnmet),
+	}
+	a.metrics = newMetrics(a)
+	return a
+}
+
+// Run serves until ctx ends or Close is called, and then returns nil; any other
+// error is of the listeners. It may be called once.
+func (a *Agent) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	a.cancelMu.Lock()
+	if a.closed || a.done != nil {
+		a.cancelMu.Unlock()
+		return errors.New("running the agent: it ran before")
+	}
+	a.cancel, a.done = cancel, make(chan struct{})
+	a.cancelMu.Unlock()
+	defer close(a.done)
+
+	if len(a.cfg.PodIPs) == 0 {
+		a.cfg.PodIPs = interfaceAddrs()
+	}
+	control, err := net.Listen("tcp", a.cfg.ControlAddr)
+	if err != nil {
+		return fmt.Errorf("listening for sessions: %w", err)
+	}
+	defer control.Close()
+	web, err := net.Listen("tcp", a.cfg.MetricsAddr)
+	if err != nil {
+		return fmt.Errorf("listening for metrics: %w", err)
+	}
+	defer web.Close()
+	a.log.Info("agent listens", "control", control.Addr().String(), "metrics", web.Addr().String(),
+		"instance", a.instance, "maxTCP", a.cfg.MaxTCP, "maxUDP", a.cfg.MaxUDP)
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.serveControl(ctx, control) })
+	g.Go(func() error { return a.serveWeb(ctx, web) })
+	err = g.Wait()
+
+	a.mu.Lock()
+	o := a.owner
+	a.mu.Unlock()
+	if o != nil {
+		o.node.close()
+	}
+	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		return nil
+	}
+	return err
+}
+
+// Close ends Run and waits for it. It may be called repeatedly.
+func (a *Agent) Close() error {
+	a.cancelMu.Lock()
+	a.closed = true
+	cancel, done := a.cancel, a.done
+	a.cancelMu.Unlock()
+	if cancel != nil {
+		cancel()
+		<-done
+	}
+	return nil
+}
+
+// DialSession opens a TCP connection from the agent to port at the session's
+// inbound address, where the session's own netstack answers.
 func (a *Agent) DialSession(ctx context.Context, port uint16) (net.Conn, error) {
-	return nil, errors.New("no session")
+	a.mu.Lock()
+	o := a.owner
+	a.mu.Unlock()
+	if o == nil {
+		return nil, errors.New("dialling the session: none has connected yet")
+	}
+	return o.node.dialSession(ctx, port)
+}
+
+// interfaceAddrs lists the pod's addresses, without loopback and link-local.
+func interfaceAddrs() []netip.Addr {
+	var found []netip.Addr
+	addrs, _ := net.InterfaceAddrs() // none found is the same as none there
+	for _, a := range addrs {
+		p, err := netip.ParsePrefix(a.String())
+		if err != nil || p.Addr().IsLoopback() || p.Addr().IsLinkLocalUnicast() {
+			continue
+		}
+		found = append(found, p.Addr().Unmap())
+	}
+	return found
 }

@@ -6,6 +6,8 @@ package netstack
 import (
 	"os"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -47,6 +49,10 @@ type Endpoint struct {
 	events chan tun.Event
 	batch  []*stack.PacketBuffer // of Read
 
+	// delivering is when the Write under way began, in nanoseconds since epoch;
+	// 0 when there is none.
+	delivering atomic.Int64
+
 	mu       sync.Mutex
 	readable sync.Cond // the queue has a packet, or closed
 	writable sync.Cond // the queue is below its limit, or closed
@@ -59,6 +65,9 @@ type Endpoint struct {
 	mtu        uint32
 	onClose    func()
 }
+
+// epoch makes monotonic time fit an atomic integer.
+var epoch = time.Now().Add(-time.Nanosecond)
 
 var _ tun.Device = (*Endpoint)(nil)
 
@@ -150,6 +159,8 @@ func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
 		}
 		return len(bufs), nil // no stack attached: as a cable without a machine
 	}
+	e.delivering.Store(int64(time.Since(epoch)))
+	defer e.delivering.Store(0)
 	for _, b := range bufs {
 		b = b[offset:]
 		if len(b) == 0 {
@@ -168,6 +179,16 @@ func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
 		p.DecRef()
 	}
 	return len(bufs), nil
+}
+
+// Delivering is how long the Write under way has taken so far, 0 when there is
+// none. More than a moment means that the stack hangs.
+func (e *Endpoint) Delivering() time.Duration {
+	began := e.delivering.Load()
+	if began == 0 {
+		return 0
+	}
+	return time.Since(epoch) - time.Duration(began)
 }
 
 // Dropped counts outgoing packets that found the queue full and could not wait.
@@ -235,3 +256,7 @@ func (e *Endpoint) isClosed() bool {
 	defer e.mu.Unlock()
 	return e.closed
 }
+
+// SetMTU changes the MTU of ordinary packets, in bytes, for what is sent from
+// now on.
+func (e *Endpoint) SetMTU(mtu int) { (*link)(e).SetMTU(uint32(mtu)) }

@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/culvert-dev/culvert/wire"
+	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/netstack"
+)
+
+// node is the agent's end of one session's tunnel: WireGuard, the network stack
+// behind it, and the forwarders that turn its flows into sockets. It lives as
+// long as the agent; streams and keys come and go.
+type node struct {
+	agent    *Agent
+	gso      bool
+	self     []netip.Addr // the agent's addresses in the tunnel
+	inbound  []netip.Addr
+	targets  *targets
+	bind     *carrier.Bind
+	endpoint *netstack.Endpoint
+	stack    *stack.Stack
+	tunnel   *wire.Tunnel
+
+	tcp  *tcpForwarder
+	udp  *udpForwarder
+	echo *echoForwarder
+	dns  *dnsRelay
+	gov  *governor
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	once   sync.Once
+}
+
+// newNode builds and starts the node of the session that h introduces, without
+// a peer.
+func (a *Agent) newNode(h carrier.Hello) (*node, error) {
+	n := &node{
+		agent:   a,
+		gso:     slices.Contains(h.Features, carrier.FeatureGSO),
+		self:    h.Agent,
+		inbound: h.Inbound,
+		bind:    carrier.NewBind(carrier.BindConfig{}),
+	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	n.targets = newTargets(a.cfg, h)
+	n.endpoint = netstack.New(netstack.Config{MTU: mtuOf(h), GSO: n.gso})
+	s, err := netstack.NewStack(n.endpoint)
+	if err != nil {
+		n.cancel()
+		return nil, fmt.Errorf("making the network stack: %w", err)
+	}
+	n.stack = s
+	if err := n.start(); err != nil {
+		n.close()
+		return nil, err
+	}
+	return n, nil
+}
+
+func mtuOf(h carrier.Hello) int {
+	if h.MTU == 0 {
+		return netstack.DefaultMTU
+	}
+	return h.MTU
+}
+
+func (n *node) start() error {
+	// The agent's own addresses are on the interface, so that the stack itself
+	// answers an echo request to them: the session's probe of the whole path.
+	for _, addr := range n.self {
+		if err := n.stack.AddProtocolAddress(netstack.NIC, tcpip.ProtocolAddress{
+			Protocol:          protocolOf(addr),
+			AddressWithPrefix: tcpip.AddrFromSlice(addr.AsSlice()).WithPrefix(),
+		}, stack.AddressProperties{}); err != nil {
+			return fmt.Errorf("adding address %s: %s", addr, err)
+		}
+	}
+	n.gov = newGovernor(n)
+	n.tcp = newTCPForwarder(n)
+	n.udp = newUDPForwarder(n)
+	n.echo = newEchoForwarder(n)
+	n.dns = newDNSRelay(n)
+	if err := n.dns.listen(); err != nil {
+		return err
+	}
+	t, err := wire.New(wire.Config{Device: n.endpoint, PrivateKey: n.agent.key, Bind: n.bind, Log: n.agent.log})
+	if err != nil {
+		return fmt.Errorf("starting WireGuard: %w", err)
+	}
+	n.tunnel = t
+	n.spawn(n.gov.run)
+	n.spawn(n.udp.sweep)
+	return nil
+}
+
+// spawn runs f in a goroutine that close waits for.
+func (n *node) spawn(f func()) {
+	n.wg.Add(1)
+	go func() {
+		defer n.wg.Done()
+		f()
+	}()
+}
+
+// setPeer makes the session's process that introduced itself with h the only
+// peer. Connections of the stack stay.
+func (n *node) setPeer(key wire.Key, h carrier.Hello) error {
+	var allowed []netip.Prefix
+	for _, addr := range slices.Concat(h.Tunnel, h.Inbound) {
+		allowed = append(allowed, netip.PrefixFrom(addr, addr.BitLen()))
+	}
+	return n.tunnel.SetPeer(key, allowed)
+}
+
+// dialSession connects from the agent's address to the session's inbound one,
+// IPv4 first.
+func (n *node) dialSession(ctx context.Context, port uint16) (net.Conn, error) {
+	for _, to := range n.inbound {
+		for _, from := range n.self {
+			if from.Is4() != to.Is4() {
+				continue
+			}
+			c, err := gonet.DialTCPWithBind(ctx, n.stack,
+				tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(from.AsSlice())},
+				tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(to.AsSlice()), Port: port},
+				protocolOf(to))
+			if err != nil {
+				return nil, fmt.Errorf("dialling port %d of the session: %w", port, err)
+			}
+			return c, nil
+		}
+	}
+	return nil, fmt.Errorf("dialling port %d of the session: no inbound address of the agent's family", port)
+}
+
+// close ends every flow and waits for the goroutines. The endpoint goes first:
+// it releases who waits to send, with the stack's locks in hand.
+func (n *node) close() {
+	n.once.Do(func() {
+		n.cancel()
+		n.endpoint.Close()
+		if n.tunnel != nil {
+			n.tunnel.Close()
+		}
+		if n.tcp != nil {
+			n.tcp.close()
+		}
+		if n.udp != nil {
+			n.udp.close()
+		}
+		if n.dns != nil {
+			n.dns.close()
+		}
+		n.stack.Close()
+		n.wg.Wait()
+		n.stack.Destroy()
+	})
+}
+
+func protocolOf(addr netip.Addr) tcpip.NetworkProtocolNumber {
+	if addr.Is4() {
+		return ipv4.ProtocolNumber
+	}
+	return ipv6.ProtocolNumber
+}
+
+func netipAddr(a tcpip.Address) netip.Addr {
+	addr, _ := netip.AddrFromSlice(a.AsSlice())
+	return addr
+}

@@ -1,0 +1,256 @@
+package agent
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// relay joins a connection of the stack (the client) to a socket (the backend).
+//
+// Neither direction has a buffer: up, the stack's queue is written to the
+// socket where it lies; down, the socket is read into the packets that the
+// stack sends. So an idle or a stuck connection holds no memory but its queues,
+// and each byte is copied once less.
+type relay struct {
+	forwarder *tcpForwarder
+	ep        tcpip.Endpoint
+	wq        *waiter.Queue
+	backend   *net.TCPConn
+	resetOnce sync.Once
+	running   atomic.Int32 // directions
+}
+
+// downChunk is read from a socket at once: it makes one super-packet with room
+// for the headers, and a whole number of 1,368-byte segments (MTU 1420).
+const downChunk = 47 * 1368
+
+func newRelay(f *tcpForwarder, ep tcpip.Endpoint, wq *waiter.Queue, backend *net.TCPConn) *relay {
+	return &relay{forwarder: f, ep: ep, wq: wq, backend: backend}
+}
+
+// start runs the two directions. They have goroutines of their own, and not the
+// one that dialled, whose stack has grown.
+func (r *relay) start() {
+	r.running.Store(2)
+	go r.direction(r.up)
+	go r.direction(r.down)
+}
+
+// direction runs one of the two; the last to end closes both sides.
+func (r *relay) direction(run func() error) {
+	if err := run(); err != nil {
+		r.reset()
+	}
+	if r.running.Add(-1) == 0 {
+		r.ep.Close()
+		r.backend.Close()
+		r.forwarder.ended(r)
+	}
+}
+
+// reset ends both sides with a RST, whichever of them still stands. The other
+// direction then finds its socket closed.
+func (r *relay) reset() {
+	r.resetOnce.Do(func() {
+		reset(r.backend)
+		r.ep.Abort()
+	})
+}
+
+var errClientReset = errors.New("the client reset the connection")
+
+// watch wakes a direction that waits for the backend when the client has reset
+// the connection. It is called by the stack, with locks held: no waiting here.
+func (r *relay) watch(waiter.EventMask) {
+	if tcp.EndpointState(r.ep.State()) == tcp.StateError {
+		_ = r.backend.SetDeadline(time.Unix(1, 0)) // fails when it is closed, and then nobody waits
+	}
+}
+
+// up moves bytes from the client to the backend until the client's FIN.
+func (r *relay) up() error {
+	readable, notify := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&readable)
+	defer r.wq.EventUnregister(&readable)
+	hangup := waiter.NewFunctionEntry(waiter.EventHUp|waiter.EventErr, r.watch)
+	r.wq.EventRegister(&hangup)
+	defer r.wq.EventUnregister(&hangup)
+
+	raw, err := r.backend.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var w socketWriter
+	var n int
+	var terr tcpip.Error
+	step := func(fd uintptr) bool {
+		w.fd, w.err = int(fd), nil
+		var res tcpip.ReadResult
+		res, terr = r.ep.Read(&w, tcpip.ReadOptions{})
+		n = res.Count
+		return n > 0 || w.err != unix.EAGAIN
+	}
+	total := r.forwarder.node.agent.metrics.tcpUp
+	for {
+		if err := raw.Write(step); err != nil {
+			return err
+		}
+		if n > 0 {
+			r.ep.ModerateRecvBuf(n)
+			total.Add(float64(n))
+			continue
+		}
+		switch terr.(type) {
+		case nil: // nothing moved: the next call says why
+		case *tcpip.ErrWouldBlock:
+			<-notify
+		case *tcpip.ErrClosedForReceive:
+			if tcp.EndpointState(r.ep.State()) == tcp.StateError {
+				return errClientReset
+			}
+			return r.backend.CloseWrite()
+		case *tcpip.ErrBadBuffer:
+			return os.NewSyscallError("write", w.err)
+		default:
+			return errClientReset
+		}
+	}
+}
+
+// socketWriter writes to a socket without waiting. It is handed to the stack,
+// which holds the connection's lock meanwhile and keeps what was not taken.
+type socketWriter struct {
+	fd  int
+	err error // of the last Write
+}
+
+func (w *socketWriter) Write(b []byte) (int, error) {
+	done := 0
+	for done < len(b) {
+		n, err := unix.Write(w.fd, b[done:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			w.err = err
+			return done, err
+		}
+		done += n
+	}
+	return done, nil
+}
+
+// down moves bytes from the backend to the client until the backend's FIN.
+func (r *relay) down() error {
+	writable, notify := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&writable)
+	defer r.wq.EventUnregister(&writable)
+
+	raw, err := r.backend.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var p socketPayload
+	var n int64
+	var terr tcpip.Error
+	var sockErr error
+	step := func(fd uintptr) bool {
+		n, terr = 0, nil
+		p.fd = int(fd)
+		p.left, sockErr = unread(p.fd)
+		if sockErr == unix.EAGAIN {
+			return false
+		}
+		if sockErr == nil {
+			n, terr = r.ep.Write(&p, tcpip.WriteOptions{})
+		}
+		return true
+	}
+	total := r.forwarder.node.agent.metrics.tcpDown
+	for {
+		if err := raw.Read(step); err != nil {
+			return err
+		}
+		switch {
+		case sockErr == io.EOF:
+			if terr := r.ep.Shutdown(tcpip.ShutdownWrite); terr != nil && tcp.EndpointState(r.ep.State()) == tcp.StateError {
+				return errClientReset
+			}
+			return nil
+		case sockErr != nil:
+			return os.NewSyscallError("read", sockErr)
+		}
+		total.Add(float64(n))
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			<-notify
+		default:
+			return errClientReset
+		}
+	}
+}
+
+// unread is how many bytes can be read from fd now, at most downChunk and never
+// zero without an error: EAGAIN when there are none yet, io.EOF at the end.
+func unread(fd int) (int, error) {
+	for {
+		n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+		if err != nil {
+			return 0, err
+		}
+		if n > 0 {
+			return min(n, downChunk), nil
+		}
+		var one [1]byte
+		n, _, err = unix.Recvfrom(fd, one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		switch {
+		case err == unix.EINTR || err == nil && n > 0: // just came
+		case err != nil:
+			return 0, err
+		default:
+			return 0, io.EOF
+		}
+	}
+}
+
+// socketPayload lets the stack read exactly left bytes from a socket. The stack
+// takes a reader that ends before its Len for one that will go on, so unread
+// must have promised them.
+type socketPayload struct {
+	fd   int
+	left int
+}
+
+func (p *socketPayload) Len() int { return p.left }
+
+func (p *socketPayload) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	for {
+		n, err := unix.Read(p.fd, b[:min(len(b), p.left)])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		if n == 0 {
+			return 0, syscall.EPIPE // not io.EOF: see above
+		}
+		p.left -= n
+		return n, nil
+	}
+}

@@ -1,0 +1,217 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/culvert-dev/culvert/wire/netstack"
+)
+
+const (
+	// maxDialing bounds the connections whose target has not answered: a SYN
+	// above it is dropped and comes again. About 10 KB each.
+	maxDialing = 2048
+	// maxDialingPerAddr leaves room for others when one address is a black hole.
+	maxDialingPerAddr = 512
+)
+
+// tcpForwarder gives each TCP connection of the stack a socket. It dials before
+// it answers the SYN, so that the client sees what the target said.
+type tcpForwarder struct {
+	node    *node
+	forward *tcp.Forwarder
+	dialer  net.Dialer
+
+	mu      sync.Mutex
+	dialing map[stack.TransportEndpointID]header.TCP // and the SYN's header
+	perAddr map[tcpip.Address]int
+	relays  map[*relay]struct{}
+	closed  bool
+}
+
+func newTCPForwarder(n *node) *tcpForwarder {
+	f := &tcpForwarder{
+		node: n,
+		dialer: net.Dialer{
+			Timeout: n.agent.times.dial,
+			KeepAliveConfig: net.KeepAliveConfig{
+				Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4,
+			},
+		},
+		dialing: map[stack.TransportEndpointID]header.TCP{},
+		perAddr: map[tcpip.Address]int{},
+		relays:  map[*relay]struct{}{},
+	}
+	// Twice the bound, because the forwarder forgets a connection a little later
+	// than dialing does.
+	f.forward = tcp.NewForwarder(n.stack, 0, 2*maxDialing, f.accept)
+	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, f.handle)
+	return f
+}
+
+// handle takes a segment that belongs to no connection, on the goroutine that
+// delivers packets. False makes the stack answer with a reset.
+func (f *tcpForwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	if len(h) < header.TCPMinimumSize || h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn {
+		return f.forward.HandlePacket(id, pkt)
+	}
+	if !f.node.targets.allows(netipAddr(id.LocalAddress), id.LocalPort) {
+		f.node.agent.metrics.refused("tcp")
+		return false
+	}
+	f.mu.Lock()
+	if _, again := f.dialing[id]; again || len(f.dialing) >= maxDialing || f.perAddr[id.LocalAddress] >= maxDialingPerAddr || f.closed {
+		f.mu.Unlock()
+		return true
+	}
+	if len(f.dialing)+len(f.relays) >= f.node.agent.cfg.MaxTCP {
+		f.mu.Unlock()
+		f.node.agent.metrics.refused("tcp")
+		return false
+	}
+	f.dialing[id] = append(header.TCP(nil), h[:header.TCPMinimumSize]...)
+	f.perAddr[id.LocalAddress]++
+	f.node.wg.Add(1) // for accept; closed is false, so close has not waited yet
+	f.mu.Unlock()
+	if !f.forward.HandlePacket(id, pkt) {
+		f.dialed(id)
+		f.node.wg.Done()
+		return false
+	}
+	return true
+}
+
+// dialed forgets that id is being dialled and returns its SYN.
+func (f *tcpForwarder) dialed(id stack.TransportEndpointID) header.TCP {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	syn := f.dialing[id]
+	delete(f.dialing, id)
+	if f.perAddr[id.LocalAddress]--; f.perAddr[id.LocalAddress] <= 0 {
+		delete(f.perAddr, id.LocalAddress)
+	}
+	return syn
+}
+
+// accept dials the target of one SYN and answers it; a goroutine of its own.
+func (f *tcpForwarder) accept(r *tcp.ForwarderRequest) {
+	defer f.node.wg.Done()
+	id := r.ID()
+	target := netip.AddrPortFrom(netipAddr(id.LocalAddress), id.LocalPort)
+	conn, err := f.dialer.DialContext(f.node.ctx, "tcp", target.String())
+	if err != nil {
+		f.node.agent.metrics.dialFailed(err)
+		syn := f.dialed(id)
+		r.Complete(refusedByTarget(err))
+		if code, ok := unreachable(err); ok {
+			f.node.sendUnreachable(code, header.TCPProtocolNumber, id.RemoteAddress, id.LocalAddress, syn)
+		}
+		return
+	}
+	backend := conn.(*net.TCPConn)
+	wq := new(waiter.Queue)
+	ep, terr := r.CreateEndpoint(wq)
+	r.Complete(false)
+	f.dialed(id)
+	if terr != nil {
+		// The client went away before the handshake's end, as far as one can know.
+		reset(backend)
+		return
+	}
+	netstack.KeepAlive(ep)
+	f.start(newRelay(f, ep, wq, backend))
+}
+
+// start runs r unless the forwarder is closed.
+func (f *tcpForwarder) start(r *relay) {
+	f.mu.Lock()
+	closed := f.closed
+	if !closed {
+		f.relays[r] = struct{}{}
+		f.node.wg.Add(1)
+	}
+	f.mu.Unlock()
+	if closed {
+		r.reset()
+		r.ep.Close()
+		return
+	}
+	f.node.agent.metrics.tcpTotal.Inc()
+	f.node.gov.fit(r)
+	r.start()
+}
+
+// ended forgets r.
+func (f *tcpForwarder) ended(r *relay) {
+	f.mu.Lock()
+	delete(f.relays, r)
+	f.mu.Unlock()
+	f.node.wg.Done()
+}
+
+// counts are the open connections and those whose target has not answered.
+func (f *tcpForwarder) counts() (open, dialing int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.relays), len(f.dialing)
+}
+
+func (f *tcpForwarder) each(do func(*relay)) {
+	f.mu.Lock()
+	all := make([]*relay, 0, len(f.relays))
+	for r := range f.relays {
+		all = append(all, r)
+	}
+	f.mu.Unlock()
+	for _, r := range all {
+		do(r)
+	}
+}
+
+// close resets every connection; node.close waits for them.
+func (f *tcpForwarder) close() {
+	f.mu.Lock()
+	f.closed = true
+	f.mu.Unlock()
+	f.each((*relay).reset)
+}
+
+// reset closes c so that its other end gets a RST instead of a FIN.
+func reset(c *net.TCPConn) {
+	_ = c.SetLinger(0) // of a socket that is closed already there is nothing to reset
+	c.Close()
+}
+
+// refusedByTarget: the target, or a firewall in its name, sent a reset. A
+// time-out on the other hand stays silent, as it was.
+func refusedByTarget(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET)
+}
+
+// unreachable maps what the pod's kernel said to what the client's kernel shall
+// be told.
+func unreachable(err error) (unreachableCode, bool) {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return 0, false
+	case errors.Is(err, syscall.EHOSTUNREACH):
+		return hostUnreachable, true
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EADDRNOTAVAIL):
+		return netUnreachable, true
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
+		return prohibited, true
+	}
+	return 0, false
+}
