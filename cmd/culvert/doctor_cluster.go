@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -39,6 +40,7 @@ func (e *examination) cluster(ctx context.Context) {
 		e.add("cluster", skip, "", "not known without the API server")
 		return
 	}
+	t.User = name
 	e.add("api server", good, "", "it answers in %s and knows you as %s", took(time.Since(start)), or(name, "somebody who may use it"))
 	e.findSession(ctx)
 
@@ -82,12 +84,14 @@ func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
 		e.addError("rights", bad, err)
 		return
 	}
-	const fix = "an administrator grants it: kubectl apply -f deploy/rbac/culvert.yaml, and a RoleBinding to you"
 	for _, k := range checks {
 		where := "in the whole cluster"
+		binding := "clusterrolebinding culvert --clusterrole=culvert-viewer"
 		if k.Namespace != "" {
 			where = "in namespace " + k.Namespace
+			binding = "rolebinding culvert --clusterrole=culvert-user -n " + k.Namespace
 		}
+		fix := fmt.Sprintf("an administrator: kubectl apply -f deploy/rbac/culvert.yaml; kubectl create %s --user=%q", binding, or(e.target.User, "YOU"))
 		v, may := good, "may"
 		if !k.Allowed {
 			v, may = warn, "may not"
