@@ -1,5 +1,6 @@
 # Culvert: build, test, demonstrate, install. `make help` lists the targets.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := build
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -33,7 +34,8 @@ image: ## dist/culvert-agent.tar: the agent's OCI image for amd64 and arm64, no 
 	@mkdir -p dist
 	GOOS=linux GOARCH=amd64 $(GOBUILD) -o dist/culvert-agent-amd64 ./cmd/culvert-agent
 	GOOS=linux GOARCH=arm64 $(GOBUILD) -o dist/culvert-agent-arm64 ./cmd/culvert-agent
-	$(GO) run ./deploy/image --bin-amd64 dist/culvert-agent-amd64 --bin-arm64 dist/culvert-agent-arm64 --version $(VERSION) --name $(IMAGE) --out dist/culvert-agent.tar
+	$(GO) run ./deploy/image --bin-amd64 dist/culvert-agent-amd64 --bin-arm64 dist/culvert-agent-arm64 --version $(VERSION) --name $(IMAGE) --out dist/culvert-agent.tar | tee dist/culvert-agent.txt
+	@head -n 1 dist/culvert-agent.txt > dist/culvert-agent.name
 
 .PHONY: unit
 unit: ## unit and namespace tests
