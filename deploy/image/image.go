@@ -38,8 +38,8 @@ var machines = map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AA
 //go:embed etc/passwd etc/group
 var etc embed.FS
 
-// binary is the agent for one architecture.
-type binary struct {
+// agentBinary is the agent for one architecture.
+type agentBinary struct {
 	arch string // of machines
 	path string
 }
@@ -65,7 +65,7 @@ func labels(version, licence string) map[string]string {
 
 // buildImage makes the image of one binary. The same binary and labels make the
 // same digest: every time in it is created.
-func buildImage(b binary, labels map[string]string, created time.Time) (built, error) {
+func buildImage(b agentBinary, labels map[string]string, created time.Time) (built, error) {
 	program, err := os.ReadFile(b.path)
 	if err != nil {
 		return built{}, fmt.Errorf("reading the %s binary: %w", b.arch, err)

@@ -78,7 +78,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 
 	var images []built
-	for _, b := range []binary{{"amd64", *amd64}, {"arm64", *arm64}} {
+	for _, b := range []agentBinary{{"amd64", *amd64}, {"arm64", *arm64}} {
 		if b.path == "" {
 			continue
 		}
