@@ -1,25 +1,34 @@
-// Package tun makes the TUN device and reads and writes the kernel's packets on it.
+// Package tun makes the TUN device and reads and writes the kernel's packets on
+// it: TCP super-packets of up to 64 KiB with unfinished checksums, described by
+// a virtio header, as well as ordinary ones. The root daemon creates devices, a
+// session opens the descriptor that it was passed.
 package tun
 
-import "os"
+import (
+	"errors"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+)
 
 // Config names the device to make.
 type Config struct {
-	Name string
-	MTU  int
+	Name string // at most 15 bytes
+	MTU  int    // of inner packets
 }
 
-// Create makes the device, up, without addresses. Needs root.
-func Create(cfg Config) (*os.File, error) { return nil, os.ErrInvalid }
+const (
+	// gsoMaxSize bounds the kernel's super-packets: a WireGuard message may hold
+	// 65,503 bytes, and the buffers' ends are used for accounts.
+	gsoMaxSize = 65000
+	// queueLen is the device's ring in packets, which drops when full. The default
+	// of 500 holds 32 MB of super-packets: seconds on any line. 128 hold a burst of
+	// small packets and at most 8 MB.
+	queueLen = 128
+)
 
-// Available says whether Create could work.
-func Available() error { return nil }
+func fail(message, hint string) error {
+	return &api.Error{Code: api.CodeTUN, Message: message, Hint: hint}
+}
 
-// Delete deletes a device by name.
-func Delete(name string) error { return nil }
-
-// Device is a passed TUN descriptor.
-type Device struct{}
-
-// Open wraps a descriptor made by Create.
-func Open(f *os.File) (*Device, error) { return nil, os.ErrInvalid }
+// ErrWoken is returned by Device.ReadBatch after Device.Wake.
+var ErrWoken = errors.New("woken")
