@@ -114,6 +114,8 @@ func neighbour(t *testing.T) (command func(args ...string) string, inside func(f
 		return run(t, append([]string{"nsenter", "-t", itoa(pid), "-n", "--"}, args...)...)
 	}
 	run(t, "ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1", "netns", itoa(pid))
+	// No link-local addresses: they would change the listing when they stop being tentative.
+	run(t, "ip", "link", "set", "lan0", "addrgenmode", "none")
 	run(t, "ip", "addr", "add", "192.0.2.2/24", "dev", "lan0")
 	run(t, "ip", "addr", "add", "2001:db8:1::2/64", "dev", "lan0", "nodad")
 	run(t, "ip", "link", "set", "lan0", "up")

@@ -98,6 +98,9 @@ func (r *resolvConf) takeLocked() error {
 		}
 	}
 	r.seen = r.file.stamps()
+	if now, err := r.file.read(); err != nil || !bytes.Equal(now, r.renderLocked()) {
+		r.seen = [2]stamp{} // somebody was faster than the stamps: look again
+	}
 	return nil
 }
 

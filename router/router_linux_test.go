@@ -292,7 +292,13 @@ func TestWatch(t *testing.T) {
 		if listing(t) == before {
 			t.Fatalf("ip %s did nothing", damage)
 		}
-		waitFor(t, "healed after ip "+damage, func() bool { return listing(t) == before })
+		var now string
+		defer func() {
+			if t.Failed() {
+				t.Logf("ip %s: before\n%s\nnow\n%s", damage, before, now)
+			}
+		}()
+		waitFor(t, "healed after ip "+damage, func() bool { now = listing(t); return now == before })
 	}
 	wantDevice(t, usual)
 	if len(network) > 0 {
@@ -321,7 +327,7 @@ func TestCleanup(t *testing.T) {
 	env := Env{ResolvConf: filepath.Join(dir, "resolv.conf"), StateDir: filepath.Join(dir, "state"), BusAddress: "unix:path=/nonexistent"}
 	os.WriteFile(env.ResolvConf, []byte("nameserver 192.0.2.1\n"), 0o644)
 	// What is not ours, however near: it must stay.
-	run(t, "ip", "link", "add", "culvert7", "type", "dummy")
+	run(t, "ip", "link", "add", "culvert7", "type", "veth", "peer", "name", "other0")
 	run(t, "ip", "rule", "add", "priority", itoa(RulePriority), "table", "777")
 	run(t, "ip", "route", "add", "10.9.0.0/16", "via", "192.0.2.1", "table", "777")
 	run(t, "ip", "tuntap", "add", "culvertx", "mode", "tun")
