@@ -58,6 +58,9 @@ func (e *examination) cluster(ctx context.Context) {
 
 // findSession finds the caller's session of the target.
 func (e *examination) findSession(ctx context.Context) {
+	if e.facts == nil {
+		return
+	}
 	sessions, err := e.client.Sessions(ctx)
 	if err != nil {
 		return // the daemon's own check said so
@@ -84,23 +87,40 @@ func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
 		e.addError("rights", bad, err)
 		return
 	}
-	for _, k := range checks {
+	told := "" // the same command once, not once per verb
+	for len(checks) > 0 {
+		k, verbs := checks[0], []string{checks[0].Verb}
+		for checks = checks[1:]; len(checks) > 0 && sameRight(k, checks[0]); checks = checks[1:] {
+			verbs = append(verbs, checks[0].Verb)
+		}
 		where := "in the whole cluster"
 		binding := "clusterrolebinding culvert --clusterrole=culvert-viewer"
 		if k.Namespace != "" {
 			where = "in namespace " + k.Namespace
 			binding = "rolebinding culvert --clusterrole=culvert-user -n " + k.Namespace
 		}
-		fix := fmt.Sprintf("an administrator: kubectl apply -f deploy/rbac/culvert.yaml; kubectl create %s --user=%q", binding, or(e.target.User, "YOU"))
-		v, may := good, "may"
-		if !k.Allowed {
-			v, may = warn, "may not"
-			if k.Needed {
-				v = bad
-			}
+		what := fmt.Sprintf("%s %s %s", strings.Join(verbs, ", "), k.Resource, where)
+		if k.Allowed {
+			e.add("rights", good, "", "you may %s", what)
+			continue
 		}
-		e.add("rights", v, fix, "you %s %s %s %s: %s", may, k.Verb, k.Resource, where, k.Why)
+		v := warn
+		if k.Needed {
+			v = bad
+		}
+		fix := fmt.Sprintf("an administrator: kubectl apply -f deploy/rbac/culvert.yaml; kubectl create %s --user=%q", binding, or(e.target.User, "YOU"))
+		if fix == told && !e.app.json() {
+			fix = ""
+		} else {
+			told = fix
+		}
+		e.add("rights", v, fix, "you may not %s: %s", what, k.Why)
 	}
+}
+
+// sameRight says whether two checks differ in the verb only.
+func sameRight(a, b cluster.Check) bool {
+	return a.Resource == b.Resource && a.Namespace == b.Namespace && a.Allowed == b.Allowed && a.Needed == b.Needed && a.Why == b.Why
 }
 
 func (e *examination) ranges(ctx context.Context, c *cluster.Cluster) {
@@ -127,7 +147,7 @@ func (e *examination) ranges(ctx context.Context, c *cluster.Cluster) {
 
 // planned is what connect would route: the cluster's ranges and --include-ips,
 // without what --exclude-ips covers whole. A part of a range that is excluded
-// stays in the plan; the daemon's answer names the rest.
+// stays in the plan; resolved passes over the conflicts that it resolves.
 func (e *examination) planned(routes []api.Route) []api.Route {
 	include, _, _ := cluster.ParseSelectors(e.opts.IncludeIPs)
 	for _, p := range include {
@@ -135,10 +155,24 @@ func (e *examination) planned(routes []api.Route) []api.Route {
 	}
 	exclude, _, _ := cluster.ParseSelectors(e.opts.ExcludeIPs)
 	return slices.DeleteFunc(routes, func(r api.Route) bool {
-		return slices.ContainsFunc(exclude, func(x netip.Prefix) bool {
-			return x.Bits() <= r.Prefix.Bits() && x.Overlaps(r.Prefix)
-		})
+		return covered(r.Prefix, exclude)
 	})
+}
+
+// covered says whether p lies in one of the prefixes.
+func covered(p netip.Prefix, in []netip.Prefix) bool {
+	return slices.ContainsFunc(in, func(x netip.Prefix) bool { return x.Bits() <= p.Bits() && x.Overlaps(p) })
+}
+
+// resolved says whether --exclude-ips has what a conflict's flag asks for.
+func (e *examination) resolved(c api.Conflict) bool {
+	value, ok := strings.CutPrefix(c.Flag, "--exclude-ips ")
+	if !ok {
+		return false
+	}
+	wanted, _, err := cluster.ParseSelectors([]string{value})
+	have, _, _ := cluster.ParseSelectors(e.opts.ExcludeIPs)
+	return err == nil && len(wanted) > 0 && !slices.ContainsFunc(wanted, func(p netip.Prefix) bool { return !covered(p, have) })
 }
 
 // agent checks the image and whether the namespace would take the agent's pod.

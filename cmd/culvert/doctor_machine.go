@@ -18,13 +18,15 @@ import (
 
 // machine checks this machine: caller, daemon, TUN, leftovers.
 func (e *examination) machine(ctx context.Context) {
+	v, err := e.client.Version(ctx)
 	if e.caller == nil {
 		_, err := currentCaller(e.app.name)
 		e.addError("user", bad, err)
-	} else {
+	} else if err != nil {
 		e.group()
+	} else {
+		e.add("group", good, "", "the daemon serves you")
 	}
-	v, err := e.client.Version(ctx)
 	if err != nil {
 		e.addError("daemon", bad, err)
 		e.deviceFile()
@@ -118,14 +120,19 @@ func (e *examination) conflicts(ctx context.Context) {
 		e.addError("conflicts", bad, err)
 		return
 	}
+	found := 0
 	for _, c := range facts.Conflicts {
+		if e.resolved(c) {
+			continue
+		}
+		found++
 		fix := c.Flag
 		if fix != "" {
 			fix = e.app.name + " connect " + fix
 		}
 		e.add("conflicts", bad, fix, "the cluster's %s collides with %s", c.Prefix, c.Local)
 	}
-	if len(facts.Conflicts) == 0 {
+	if found == 0 {
 		e.add("conflicts", good, "", "none of the %d ranges collides with this machine's networks", len(e.plan))
 	}
 }
