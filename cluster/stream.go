@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/moby/spdystream/spdy"
 )
@@ -57,6 +58,7 @@ type stream struct {
 	left    int    // payload of the current data frame not read yet
 	fin     bool   // it is the last one
 	trouble []byte // what the error stream says
+	said    bool   // the error stream has ended
 	readErr error
 
 	writeMu sync.Mutex
@@ -157,12 +159,34 @@ func (s *stream) Read(p []byte) (int, error) {
 	}
 	n, err := s.read(p)
 	if err != nil {
+		s.listen()
 		if text := strings.TrimSpace(string(s.trouble)); text != "" {
 			err = fmt.Errorf("the kubelet says: %s", text)
 		}
 		s.readErr = err
 	}
 	return n, err
+}
+
+// lastWords is how long after the end of the data the reason may take.
+const lastWords = time.Second
+
+// listen takes what the error stream says after the data stream has ended:
+// either may be the first, depending on the container runtime.
+func (s *stream) listen() {
+	if !s.fin || s.said {
+		return
+	}
+	_ = s.SetReadDeadline(time.Now().Add(lastWords))
+	for !s.said {
+		h, err := s.readHeader()
+		if err != nil {
+			return
+		}
+		if _, err := s.handle(h); err != nil {
+			return
+		}
+	}
 }
 
 func (s *stream) read(p []byte) (int, error) {
@@ -224,7 +248,8 @@ func (s *stream) handle(h header) (accepted uint32, err error) {
 		if err := s.skip(h.length - len(text)); err != nil {
 			return 0, err
 		}
-		if h.flags&flagFin != 0 && len(s.trouble) > 0 {
+		s.said = s.said || h.flags&flagFin != 0
+		if s.said && len(s.trouble) > 0 {
 			return 0, io.ErrUnexpectedEOF // Read puts the text in its place
 		}
 		return 0, nil
@@ -253,7 +278,11 @@ func (s *stream) handle(h header) (accepted uint32, err error) {
 			return 0, s.writeFrame([]byte{controlBit, 3, 0, ping, 0, 0, 0, 4}, b[:])
 		}
 	case rstStream:
+		if id == errorStream {
+			s.said = true
+		}
 		if id == dataStream {
+			s.fin = true
 			return 0, errReset
 		}
 	}
