@@ -58,7 +58,7 @@ func (a *app) connect(ctx context.Context, o *optionFlags, atBoot bool) error {
 	if err != nil {
 		return err
 	}
-	paths, _, err := kubeconfigPaths(a.kubeconfig, c.env, c.home)
+	paths, err := kubeconfigPaths(a.kubeconfig, c.env, c.home)
 	if err != nil {
 		return err
 	}

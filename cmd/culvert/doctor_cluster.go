@@ -19,7 +19,7 @@ const doctorTimeout = 30 * time.Second
 
 // cluster checks kubeconfig, credentials, rights, ranges and agent.
 func (e *examination) cluster(ctx context.Context) {
-	paths, _, err := kubeconfigPaths(e.app.kubeconfig, e.caller.env, e.caller.home)
+	paths, err := kubeconfigPaths(e.app.kubeconfig, e.caller.env, e.caller.home)
 	if err == nil {
 		e.opts.Kubeconfig = strings.Join(paths, ":")
 		e.target, err = newTarget(e.opts, e.caller.env, e.caller.home)

@@ -30,34 +30,32 @@ type target struct {
 // kubeconfigPaths are the files to read, absolute: those of the flag, else of
 // KUBECONFIG, else ~/.kube/config. The session has another working directory
 // than the caller, and after a boot no KUBECONFIG.
-func kubeconfigPaths(flag string, env environment, home string) (paths []string, from string, err error) {
-	list, from := flag, "--kubeconfig"
+func kubeconfigPaths(flag string, env environment, home string) ([]string, error) {
+	list := flag
 	if list == "" {
-		list, from = env.get("KUBECONFIG"), "KUBECONFIG"
+		list = env.get("KUBECONFIG")
 	}
+	var paths []string
 	for _, p := range filepath.SplitList(list) {
 		if p == "" {
 			continue
 		}
 		abs, err := filepath.Abs(p)
 		if err != nil {
-			return nil, from, fmt.Errorf("making the kubeconfig's path %s absolute: %w", p, err)
+			return nil, fmt.Errorf("making the kubeconfig's path %s absolute: %w", p, err)
 		}
 		paths = append(paths, abs)
 	}
-	if len(paths) > 0 {
-		return paths, from, nil
+	if len(paths) == 0 && home != "" {
+		paths = []string{filepath.Join(home, ".kube", "config")}
 	}
-	if home == "" {
-		return nil, "HOME", nil
-	}
-	return []string{filepath.Join(home, ".kube", "config")}, "default", nil
+	return paths, nil
 }
 
 // loadKubeconfig merges the files as kubectl does: the first one to set a value
 // wins. Files that do not exist are passed over as long as one does.
 func loadKubeconfig(flag string, env environment, home string) (*clientcmdapi.Config, []string, error) {
-	paths, from, err := kubeconfigPaths(flag, env, home)
+	paths, err := kubeconfigPaths(flag, env, home)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -76,9 +74,9 @@ func loadKubeconfig(flag string, env environment, home string) (*clientcmdapi.Co
 	if !found {
 		where := strings.Join(paths, " nor ")
 		if where == "" {
-			where = "anything: HOME is not set"
+			where = "HOME is not set, so ~/.kube/config"
 		}
-		return nil, nil, &api.Error{Code: api.CodeKubeconfig, Message: fmt.Sprintf("there is no kubeconfig: %s (%s) does not exist", where, from), Hint: hint}
+		return nil, nil, &api.Error{Code: api.CodeKubeconfig, Message: fmt.Sprintf("there is no kubeconfig: %s does not exist", where), Hint: hint}
 	}
 	rules := &clientcmd.ClientConfigLoadingRules{Precedence: paths}
 	config, err := rules.Load()

@@ -44,7 +44,7 @@ func TestKubeconfigPaths(t *testing.T) {
 		{"", ":", "/home/j", []string{"/home/j/.kube/config"}},
 		{"", "", "", nil},
 	} {
-		got, _, err := kubeconfigPaths(c.flag, environment{"KUBECONFIG=" + c.env}, c.home)
+		got, err := kubeconfigPaths(c.flag, environment{"KUBECONFIG=" + c.env}, c.home)
 		if err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%q, %q, %q: %v, %v, want %v", c.flag, c.env, c.home, got, err, c.want)
 		}
