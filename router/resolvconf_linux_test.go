@@ -162,6 +162,7 @@ func TestResolvConfFile(t *testing.T) {
 }
 
 func TestResolvConfSymlink(t *testing.T) {
+	t.Parallel()
 	env := confEnv(t, "")
 	target := filepath.Join(filepath.Dir(env.ResolvConf), "../run-resolv.conf")
 	write(t, target, original)
@@ -213,6 +214,7 @@ func TestResolvConfAbsent(t *testing.T) {
 }
 
 func TestResolvConfBindMount(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -247,6 +249,7 @@ func TestResolvConfBindMount(t *testing.T) {
 }
 
 func TestResolvConfTrampled(t *testing.T) {
+	t.Parallel()
 	env := confEnv(t, original)
 	d := newDNS(t, env)
 	set(t, d, sessions(0))
@@ -288,6 +291,7 @@ func TestResolvConfTrampled(t *testing.T) {
 
 // A program that always writes again must not be fought without end.
 func TestResolvConfTrampleLimit(t *testing.T) {
+	t.Parallel()
 	env := confEnv(t, original)
 	d := newDNS(t, env)
 	set(t, d, sessions(0))

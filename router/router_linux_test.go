@@ -54,6 +54,7 @@ var usual = map[string]string{
 }
 
 func TestRoutes(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -133,6 +134,7 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestSetTwiceChangesNothing(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -166,6 +168,7 @@ func TestSetTwiceChangesNothing(t *testing.T) {
 }
 
 func TestSetFollowsConfig(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -225,6 +228,7 @@ func TestSetFollowsConfig(t *testing.T) {
 }
 
 func TestSetWithoutIPv6(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -253,6 +257,7 @@ func waitFor(t *testing.T, what string, ok func() bool) {
 }
 
 func TestWatch(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -319,6 +324,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestCleanup(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
@@ -384,6 +390,7 @@ func TestCleanup(t *testing.T) {
 }
 
 func TestLocal(t *testing.T) {
+	t.Parallel()
 	if !inNamespace(t) {
 		return
 	}
