@@ -37,6 +37,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err := supported(); err != nil {
 		return err
 	}
+	closeOnExec()
 	log := d.cfg.Log
 	unlock, err := lock(ctx, d.cfg.Socket, lockWait)
 	if err != nil {

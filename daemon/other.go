@@ -42,6 +42,8 @@ func checkBinary(string) (string, error) { return "", errUnsupported }
 
 func listen(string, int) (net.Listener, error) { return nil, errUnsupported }
 
+func closeOnExec() {}
+
 func withCaller(ctx context.Context, _ net.Conn) context.Context { return ctx }
 
 var errRootSession = errUnsupported

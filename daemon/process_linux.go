@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
@@ -99,6 +100,10 @@ func startUnprivileged(cmd *exec.Cmd) error {
 	}()
 	return <-result
 }
+
+// closeOnExec keeps what the daemon itself inherited, from a careless shell
+// perhaps, out of the hands of its sessions.
+func closeOnExec() { unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) }
 
 // serve serves the process's link until the process has ended, and returns how
 // it did. What the process left running in its process group is killed.

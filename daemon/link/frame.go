@@ -81,7 +81,7 @@ func (c *Conn) readFull(p []byte, files *[]*os.File) error {
 				return errTooMany
 			}
 		}
-		if n == 0 && (err == nil || err == io.EOF) {
+		if n == 0 && (err == nil || errors.Is(err, io.EOF)) {
 			if at == 0 {
 				return io.EOF
 			}
