@@ -34,3 +34,15 @@ func (n *Names) Namespaces() []string {
 	}
 	return all
 }
+
+// HasNamespace says whether a namespace of that name is known to have a Service.
+func (n *Names) HasNamespace(name string) bool {
+	n.services.mu.RLock()
+	defer n.services.mu.RUnlock()
+	for k := range n.services.rows {
+		if ns, _, _ := strings.Cut(k, "/"); ns == name {
+			return true
+		}
+	}
+	return false
+}

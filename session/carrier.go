@@ -37,13 +37,10 @@ func (s *Session) openTunnel() error {
 		return fmt.Errorf("opening the TUN device %s: %w", granted.Device, err)
 	}
 	key := wire.NewPrivateKey()
-	local, err := wire.NewLocal(wire.LocalConfig{
+	local := wire.NewLocal(wire.LocalConfig{
 		TUN: device, Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
-		MTU: mtu, GSO: true, Seed: s.start.Restart > 0, Log: s.log,
+		MTU: mtu, GSO: true, Log: s.log,
 	})
-	if err != nil {
-		return err
-	}
 	bind := carrier.NewBind(carrier.BindConfig{})
 	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind, Log: s.log})
 	if err != nil {
@@ -252,7 +249,8 @@ func (s *Session) carrierStatus() api.CarrierStatus {
 		c.RTT = s.stream.RTT()
 	}
 	if s.bind != nil {
-		c.Sent, c.Received = s.bind.Stats()
+		moved := s.bind.Stats()
+		c.Sent, c.Received = moved.Sent, moved.Received
 	}
 	return c
 }
