@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -276,7 +277,7 @@ func (w *podWait) handle(event watch.Event) (*Agent, error) {
 			}
 		}
 	case *corev1.Event:
-		w.noteEvent(o)
+		return nil, w.noteEvent(o)
 	}
 	return nil, nil
 }
@@ -317,15 +318,22 @@ func (w *podWait) troubled(e *api.Error) error {
 	return nil
 }
 
-func (w *podWait) noteEvent(e *corev1.Event) {
+func (w *podWait) noteEvent(e *corev1.Event) error {
+	pod := w.current()
 	switch {
+	case pod == nil:
+	case e.Reason == "Unhealthy" && strings.Contains(e.Message, agentBinary) && strings.Contains(e.Message, "no such file"):
+		return w.troubled(&api.Error{
+			Code:    api.CodeImage,
+			Message: fmt.Sprintf("%s is not an image of the agent: it has no %s", pod.Spec.Containers[0].Image, agentBinary),
+			Hint:    "--image names another one",
+		})
 	case e.Type == corev1.EventTypeWarning:
 		w.warning = e.Reason + ": " + e.Message
 	case e.Reason == "Pulling":
-		if pod := w.current(); pod != nil && len(pod.Spec.Containers) > 0 {
-			w.say("pulling image " + pod.Spec.Containers[0].Image)
-		}
+		w.say("pulling image " + pod.Spec.Containers[0].Image)
 	}
+	return nil
 }
 
 // current is the newest pod that is not on its way out.

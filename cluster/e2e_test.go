@@ -217,9 +217,8 @@ func TestEnsureAgentTroubles(t *testing.T) {
 		t.Errorf("it took %v", took)
 	}
 
-	// Runs, but its probe fails: only the time tells.
-	_, err = c.EnsureAgent(within(t, 5*time.Second), testAgent("e2eprobe", testImage), func(s string) { t.Log(s) })
-	wantCode(t, err, api.CodeAgent)
+	_, err = c.EnsureAgent(within(t, 20*time.Second), testAgent("e2eprobe", testImage), func(s string) { t.Log(s) })
+	wantCode(t, err, api.CodeImage, "not an image of the agent")
 
 	for _, name := range []string{"e2eimage", "e2enode", "e2eprobe"} {
 		_, err := c.client.AppsV1().Deployments("demo").Get(within(t, 5*time.Second), AgentName(name), metav1.GetOptions{})

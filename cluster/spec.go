@@ -32,6 +32,7 @@ const (
 const (
 	agentApp       = "culvert-agent"
 	agentContainer = "agent"
+	agentBinary    = "/culvert-agent" // in the image
 )
 
 // AgentSpec says how the agent's Deployment shall look. Session and Image must
@@ -180,7 +181,7 @@ func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRe
 // probe runs the agent's own binary every period seconds.
 func probe(period, failures int32, args ...string) *corev1.Probe {
 	return &corev1.Probe{
-		ProbeHandler:     corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: append([]string{"/culvert-agent"}, args...)}},
+		ProbeHandler:     corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: append([]string{agentBinary}, args...)}},
 		PeriodSeconds:    period,
 		FailureThreshold: failures,
 		TimeoutSeconds:   5, // a node under load starts a process slowly
