@@ -403,6 +403,8 @@ func TestLocal(t *testing.T) {
 	run(t, "ip", "route", "add", "10.0.0.0/8", "via", "192.0.2.254")
 	run(t, "ip", "route", "add", "blackhole", "10.97.0.0/16")
 	run(t, "ip", "-6", "route", "add", "fd00:10:244:7::/64", "via", "2001:db8:1::1")
+	// What a dead daemon's table still has is no fact about the machine.
+	run(t, "ip", "route", "add", "10.244.99.0/24", "dev", "lan0", "table", itoa(Table(5)))
 	if err := New(0, "culvert0").Set(config()); err != nil {
 		t.Fatal(err)
 	}
