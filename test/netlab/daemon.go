@@ -35,7 +35,11 @@ func (m *Machine) StartDaemonBehind(before string, more ...string) error {
 	if err != nil {
 		return err
 	}
-	daemon := append([]string{filepath.Join(m.Dir, "bin", "culvertd")}, append(m.daemonFlags(), more...)...)
+	caps, err := m.unitCapabilities()
+	if err != nil {
+		return err
+	}
+	daemon := append([]string{"setpriv", "--no-new-privs", "--bounding-set", caps, "--", filepath.Join(m.Dir, "bin", "culvertd")}, append(m.daemonFlags(), more...)...)
 	cmd := m.Command(context.Background(), Root, "/bin/sh", append([]string{"-c", before + ` && exec "$@"`, "sh"}, daemon...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -62,6 +66,25 @@ func (m *Machine) StartDaemonBehind(before string, more ...string) error {
 		}
 	}
 	return fmt.Errorf("culvertd does not answer on %s:\n%s", m.Socket, m.Tail(20))
+}
+
+// unitCapabilities is the unit's CapabilityBoundingSet in setpriv's words, so
+// that the daemon of the tests may do no more than the installed one.
+func (m *Machine) unitCapabilities() (string, error) {
+	b, err := os.ReadFile(filepath.Join(m.Repo, "deploy", "systemd", "culvertd.service"))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if list, ok := strings.CutPrefix(line, "CapabilityBoundingSet="); ok {
+			set := "-all"
+			for _, c := range strings.Fields(list) {
+				set += ",+" + strings.ToLower(strings.TrimPrefix(c, "CAP_"))
+			}
+			return set, nil
+		}
+	}
+	return "", errors.New("the unit has no CapabilityBoundingSet")
 }
 
 // DaemonPID is culvertd's process id: `testcluster exec` becomes the program it
