@@ -1,20 +1,34 @@
 package wire
 
 import (
-	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
-	"time"
+	"sync"
+	"sync/atomic"
 
 	wgtun "golang.zx2c4.com/wireguard/tun"
 
 	"github.com/culvert-dev/culvert/tun"
 )
 
+const (
+	// localBatch is how many packets one Read brings at most: WireGuard's maximum.
+	localBatch = 128
+	// readLimit ends a batch, in bytes. A batch is encrypted by one core and
+	// written at once; two super-packets keep both cores and the writer busy.
+	readLimit = 128 << 10
+	// sideLimit is the share of a batch of what the session itself sends.
+	sideLimit = 64 << 10
+	// maxPacket is the longest packet that WireGuard's 65,535-byte buffer takes
+	// with its header, padding, authenticator and the gate's tag.
+	maxPacket = 65535 - 16 - 15 - 16 - 16
+)
+
 // LocalConfig describes the session's end.
 type LocalConfig struct {
-	TUN     *tun.Device
+	TUN     *tun.Device  // owned by the Local from NewLocal on
 	Tunnel  []netip.Addr // the session's addresses, on the TUN device
 	Agent   []netip.Addr // the agent's addresses in the tunnel
 	Inbound []netip.Addr // where the session's own netstack answers the cluster
@@ -23,25 +37,242 @@ type LocalConfig struct {
 	Log     *slog.Logger
 }
 
-// Local is the session's end of the tunnel.
-type Local struct{}
+// Local is the session's end of the tunnel, a tun.Device for WireGuard: the
+// kernel's TUN device behind a filter, echo probes, and a netstack for
+// connections from the cluster.
+type Local struct {
+	tun     *tun.Device
+	filter  *filter
+	own     []netip.Addr
+	inAddrs []netip.Addr
+	mtu     int
+	gso     bool
+	log     *slog.Logger
+	events  chan wgtun.Event
+	side    *side
+	pings   pings
+	drops   [reasons]atomic.Uint64
 
-// NewLocal makes the session's end.
-func NewLocal(cfg LocalConfig) *Local { return &Local{} }
+	// Of the one goroutine in Read.
+	views   [localBatch][]byte
+	sizes   [localBatch]int
+	scratch []byte       // a super-packet that is being split for a peer without GSO
+	split   tun.Splitter //
+	pending bool         // split has more
 
-// SetTargets says which TCP ports at the Inbound addresses lead where.
-func (l *Local) SetTargets(t map[uint16]netip.AddrPort) {}
+	inbound atomic.Pointer[inbound]
 
-// Ping sends one ICMP echo with size bytes of payload from the tunnel address.
-func (l *Local) Ping(ctx context.Context, dst netip.Addr, size int) (time.Duration, error) {
-	return 0, nil
+	mu     sync.Mutex
+	closed bool
 }
 
-func (l *Local) File() *os.File                                        { return nil }
-func (l *Local) Read(bufs [][]byte, sizes []int, off int) (int, error) { return 0, os.ErrClosed }
-func (l *Local) Write(bufs [][]byte, off int) (int, error)             { return 0, os.ErrClosed }
-func (l *Local) MTU() (int, error)                                     { return 0, nil }
-func (l *Local) Name() (string, error)                                 { return "", nil }
-func (l *Local) Events() <-chan wgtun.Event                            { return nil }
-func (l *Local) Close() error                                          { return nil }
-func (l *Local) BatchSize() int                                        { return 128 }
+var _ wgtun.Device = (*Local)(nil)
+
+// NewLocal makes the session's end. It lets the open connections of the machine
+// at the Tunnel addresses through at once (see OpenFlows).
+func NewLocal(cfg LocalConfig) *Local {
+	l := &Local{
+		tun: cfg.TUN, filter: newFilter(cfg.Tunnel), own: cfg.Tunnel, inAddrs: cfg.Inbound,
+		mtu: cfg.MTU, gso: cfg.GSO, log: cfg.Log, events: make(chan wgtun.Event, 1),
+	}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	l.side = newSide(l.tun.Wake)
+	if !l.gso {
+		l.scratch = make([]byte, tun.HeaderLen+65535)
+	}
+	l.Seed(OpenFlows(cfg.Tunnel))
+	l.events <- wgtun.EventUp
+	return l
+}
+
+// Seed opens the filter for flows that exist already.
+func (l *Local) Seed(flows []Flow) { l.filter.seed(flows) }
+
+// Drops counts packets from the tunnel that were not written, by reason.
+func (l *Local) Drops() map[string]uint64 {
+	m := make(map[string]uint64)
+	for r := pass + 1; r < reasons; r++ {
+		if n := l.drops[r].Load(); n > 0 {
+			m[reasonNames[r]] = n
+		}
+	}
+	return m
+}
+
+// Read implements tun.Device for WireGuard: packets for the agent.
+func (l *Local) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	for {
+		n := l.side.take(bufs, sizes, offset, sideLimit)
+		var k int
+		var err error
+		if l.gso {
+			k, err = l.readWhole(bufs[n:], sizes[n:], offset, n == 0)
+		} else {
+			k, err = l.readSplit(bufs[n:], sizes[n:], offset, n == 0)
+		}
+		if n += k; n > 0 {
+			return n, nil
+		}
+		if err != nil && !errors.Is(err, tun.ErrWoken) {
+			l.mu.Lock()
+			closed := l.closed
+			l.mu.Unlock()
+			if closed {
+				err = os.ErrClosed
+			}
+			return 0, err
+		}
+	}
+}
+
+// readWhole reads the kernel's packets straight into WireGuard's buffers: the
+// virtio header lands where WireGuard writes its own.
+func (l *Local) readWhole(bufs [][]byte, sizes []int, offset int, block bool) (int, error) {
+	k := min(len(bufs), localBatch)
+	if k == 0 {
+		return 0, nil
+	}
+	for i := range k {
+		l.views[i] = bufs[i][offset-tun.HeaderLen : min(len(bufs[i]), offset+maxPacket)]
+	}
+	n, err := l.tun.ReadBatch(l.views[:k], l.sizes[:k], readLimit, block)
+	l.filter.lock()
+	for i := range n {
+		size := l.sizes[i] - tun.HeaderLen
+		p, ok := tun.Parse(bufs[i][offset : offset+size])
+		if !ok || !l.filter.outbound(&p, bufs[i][offset:offset+size]) {
+			size = 0 // WireGuard skips it
+		}
+		sizes[i] = size
+	}
+	l.filter.mu.Unlock()
+	return n, err
+}
+
+// readSplit reads one packet of the kernel and makes ordinary ones of it.
+func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool) (int, error) {
+	n := 0
+	for n < len(bufs) {
+		if !l.pending {
+			l.views[0] = l.scratch
+			k, err := l.tun.ReadBatch(l.views[:1], l.sizes[:1], 1, block && n == 0)
+			if k == 0 {
+				return n, err
+			}
+			packet := l.scratch[tun.HeaderLen:l.sizes[0]]
+			p, ok := tun.Parse(packet)
+			l.filter.lock()
+			ok = ok && l.filter.outbound(&p, packet)
+			l.filter.mu.Unlock()
+			if !ok {
+				continue
+			}
+			if l.split, err = tun.NewSplitter(l.scratch, packet); err != nil {
+				continue
+			}
+			l.pending = true
+		}
+		size := l.split.Next(bufs[n][offset:min(len(bufs[n]), offset+maxPacket)])
+		if size == 0 {
+			l.pending = false
+			continue
+		}
+		sizes[n] = size
+		n++
+	}
+	return n, nil
+}
+
+// Write implements tun.Device for WireGuard: packets from the agent. It may be
+// called by two goroutines at once, while one peer replaces another.
+func (l *Local) Write(bufs [][]byte, offset int) (int, error) {
+	for _, b := range bufs {
+		if r := l.write(b, offset); r != pass {
+			l.drops[r].Add(1)
+		}
+	}
+	return len(bufs), nil
+}
+
+func (l *Local) write(b []byte, offset int) reason {
+	packet := b[offset:]
+	p, ok := tun.Parse(packet)
+	if !ok {
+		return dropMalformed
+	}
+	for _, a := range l.inAddrs {
+		if p.Dst == a {
+			return l.deliver(&p, b, offset)
+		}
+	}
+	if l.pings.reply(&p, packet) {
+		return pass
+	}
+	l.filter.lock()
+	r := l.filter.inbound(&p, packet)
+	l.filter.mu.Unlock()
+	if r != pass {
+		return r
+	}
+	hdr := b[offset-tun.HeaderLen : offset]
+	if l.gso {
+		tun.Prepare(hdr, packet, l.mtu)
+	} else {
+		clear(hdr) // the kernel checks the checksum
+	}
+	if _, err := l.tun.Write(b[offset-tun.HeaderLen:]); err != nil {
+		return dropDevice
+	}
+	return pass
+}
+
+// deliver gives a packet for an Inbound address to the netstack.
+func (l *Local) deliver(p *tun.Packet, b []byte, offset int) reason {
+	in := l.inbound.Load()
+	switch {
+	case p.Routed:
+		return dropRouted
+	case !answers(p.Src) || l.filter.isOwn(p.Src):
+		return dropSource
+	case in == nil || p.Proto != tun.ProtoTCP:
+		return dropUnasked
+	}
+	one := [1][]byte{b}
+	_, _ = in.ep.Write(one[:], offset)
+	return pass
+}
+
+// File implements tun.Device.
+func (l *Local) File() *os.File { return l.tun.File() }
+
+// MTU implements tun.Device.
+func (l *Local) MTU() (int, error) { return l.mtu, nil }
+
+// Name implements tun.Device.
+func (l *Local) Name() (string, error) { return l.tun.Name(), nil }
+
+// Events implements tun.Device.
+func (l *Local) Events() <-chan wgtun.Event { return l.events }
+
+// BatchSize implements tun.Device.
+func (l *Local) BatchSize() int { return localBatch }
+
+// Close implements tun.Device: it closes the TUN descriptor, which ends the
+// device unless the daemon holds it too, and the connections from the cluster.
+func (l *Local) Close() error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	l.mu.Unlock()
+	l.side.close()
+	if in := l.inbound.Load(); in != nil {
+		in.close()
+	}
+	close(l.events)
+	return l.tun.Close()
+}
