@@ -21,8 +21,11 @@ const (
 	// shutdownLimit is when a daemon that does not come to its end says where it
 	// hangs and goes; systemd's unit waits longer.
 	shutdownLimit = 20 * time.Second
-	// lockWait is for a guard or a cleanup that is just finishing.
-	lockWait = 5 * time.Second
+	// lockWait is for a guard or a cleanup that is just finishing; cleanupWait
+	// for a guard or a daemon, guardWait for a dying daemon.
+	lockWait    = 5 * time.Second
+	cleanupWait = 2 * time.Second
+	guardWait   = time.Second
 )
 
 // Daemon is the daemon. New has no side effect; Run does it all.
@@ -109,7 +112,7 @@ func (d *Daemon) Cleanup(ctx context.Context) (removed []string, err error) {
 	if err := supported(); err != nil {
 		return nil, err
 	}
-	unlock, err := lock(ctx, d.cfg.Socket, 0)
+	unlock, err := lock(ctx, d.cfg.Socket, cleanupWait)
 	if err != nil {
 		return nil, err
 	}

@@ -64,9 +64,10 @@ func (d *Daemon) Guard(ctx context.Context, stdin io.Reader) error {
 		return nil
 	}
 	d.cfg.Log.Warn("culvertd died: giving the machine its names back")
-	unlock, err := lock(ctx, d.cfg.Socket, 0)
+	// A dying process may close the pipe a moment before it lets go of the lock.
+	unlock, err := lock(ctx, d.cfg.Socket, guardWait)
 	if err != nil {
-		return nil // whoever holds it cleans up
+		return nil // the next daemon holds it, and has cleaned up
 	}
 	defer unlock()
 	if _, err := router.RestoreDNS(d.cfg.Router); err != nil {

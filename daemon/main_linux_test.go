@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -99,6 +100,12 @@ func prepare() error {
 		"/etc/resolv.conf": originalResolvConf,
 	} {
 		real, err := filepath.EvalSymlinks(path)
+		if err != nil { // a link into the /run that is hidden now
+			if real, err = os.Readlink(path); err == nil && !filepath.IsAbs(real) {
+				real = filepath.Join("/etc", real)
+			}
+			err = errors.Join(err, os.MkdirAll(filepath.Dir(real), 0o755), os.WriteFile(real, nil, 0o644))
+		}
 		if err != nil {
 			return err
 		}
