@@ -125,6 +125,13 @@ func neighbour(t *testing.T) (command func(args ...string) string, inside func(f
 	command("ip", "link", "set", "lan1", "up")
 	run(t, "ip", "route", "add", "default", "via", "192.0.2.1")
 	run(t, "ip", "route", "add", "default", "via", "2001:db8:1::1")
+	// The carrier and what follows from it come a moment later, and would look
+	// like changes to tests that compare listings.
+	waitFor(t, "lan0 settled", func() bool {
+		before := listing(t)
+		time.Sleep(50 * time.Millisecond)
+		return strings.Contains(run(t, "ip", "link", "show", "lan0"), "state UP") && !strings.Contains(before, "linkdown") && listing(t) == before
+	})
 	inside = func(f func()) {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
