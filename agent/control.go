@@ -84,7 +84,11 @@ func (a *Agent) meet(ctx context.Context, c net.Conn) {
 		a.log.Warn("stream refused", "session", h.Session, "reason", refusal, "error", err)
 		return
 	}
-	n.bind.Attach(s)
+	if err := n.attach(s); err != nil {
+		s.Close()
+		a.log.Warn("attaching a stream", "session", h.Session, "error", err)
+		return
+	}
 	a.metrics.streams.Inc()
 	a.log.Info("stream attached", "session", h.Session, "version", h.Version)
 }
@@ -101,6 +105,9 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("public key: %w", err)
 	}
+	if peer.IsZero() || peer == a.key.Public() {
+		return nil, fmt.Errorf("public key: it is not the session's own")
+	}
 	if err := checkAddrs(h); err != nil {
 		return nil, err
 	}
@@ -113,10 +120,7 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := n.setPeer(peer, h); err != nil {
-			n.close()
-			return nil, fmt.Errorf("setting the WireGuard peer: %w", err)
-		}
+		n.expect(peer)
 		a.owner = &owner{session: h.Session, secret: h.Secret, hello: h, node: n}
 		a.log.Info("session met", "session", h.Session, "version", h.Version, "tunnel", h.Tunnel, "gso", n.gso)
 		return n, nil
@@ -134,9 +138,7 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 		return nil, fmt.Errorf("session %s came back without the feature %q, which its open connections use", o.session, carrier.FeatureGSO)
 	}
 	if h.PublicKey != o.hello.PublicKey {
-		if err := o.node.setPeer(peer, h); err != nil {
-			return nil, fmt.Errorf("replacing the WireGuard peer: %w", err)
-		}
+		o.node.expect(peer)
 		a.log.Info("session resumed with a new key", "session", h.Session, "version", h.Version)
 	}
 	if h.MTU != o.hello.MTU {

@@ -39,6 +39,10 @@ type node struct {
 	dns  *dnsRelay
 	gov  *governor
 
+	peerMu         sync.Mutex // taken after agent.mu
+	allowed        []netip.Prefix
+	peer, expected wire.Key
+
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -54,6 +58,9 @@ func (a *Agent) newNode(h carrier.Hello) (*node, error) {
 		self:    h.Agent,
 		inbound: h.Inbound,
 		bind:    carrier.NewBind(carrier.BindConfig{}),
+	}
+	for _, addr := range slices.Concat(h.Tunnel, h.Inbound) {
+		n.allowed = append(n.allowed, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.targets = newTargets(a.cfg, h)
@@ -116,14 +123,28 @@ func (n *node) spawn(f func()) {
 	}()
 }
 
-// setPeer makes the session's process that introduced itself with h the only
-// peer. Connections of the stack stay.
-func (n *node) setPeer(key wire.Key, h carrier.Hello) error {
-	var allowed []netip.Prefix
-	for _, addr := range slices.Concat(h.Tunnel, h.Inbound) {
-		allowed = append(allowed, netip.PrefixFrom(addr, addr.BitLen()))
+// expect makes key the peer from the next attach on.
+func (n *node) expect(key wire.Key) {
+	n.peerMu.Lock()
+	defer n.peerMu.Unlock()
+	n.expected = key
+}
+
+// attach makes s the stream in use, and the process of the session that was
+// introduced last the only peer. Connections of the stack stay. The stream comes
+// first: a new peer begins with a handshake, which needs one.
+func (n *node) attach(s *carrier.Stream) error {
+	n.peerMu.Lock()
+	defer n.peerMu.Unlock()
+	n.bind.Attach(s)
+	if n.peer == n.expected {
+		return nil
 	}
-	return n.tunnel.SetPeer(key, allowed)
+	if err := n.tunnel.SetPeer(n.expected, n.allowed); err != nil {
+		return err
+	}
+	n.peer = n.expected
+	return nil
 }
 
 // dialSession connects from the agent's address to the session's inbound one,
