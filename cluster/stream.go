@@ -68,7 +68,7 @@ type stream struct {
 }
 
 // openStream opens error and data stream to port and waits until the server
-// accepted both. abort must close the socket below conn without waiting.
+// accepted the latter. abort must close the socket below conn without waiting.
 func openStream(conn net.Conn, abort func(), port int) (*stream, error) {
 	s := &stream{
 		Conn:  conn,
@@ -101,7 +101,9 @@ func openStream(conn net.Conn, abort func(), port int) (*stream, error) {
 	if _, err := conn.Write(out.Bytes()); err != nil {
 		return nil, fmt.Errorf("opening the stream: %w", err)
 	}
-	for replied := map[uint32]bool{}; len(replied) < 2; {
+	// The streams are answered independently: data may come before the error
+	// stream's reply, but not before its own.
+	for accepted := uint32(0); accepted != dataStream; {
 		h, err := s.readHeader()
 		if err != nil {
 			return nil, fmt.Errorf("opening the stream: %w", err)
@@ -109,12 +111,8 @@ func openStream(conn net.Conn, abort func(), port int) (*stream, error) {
 		if !h.control && h.stream == dataStream {
 			return nil, errors.New("opening the stream: data before the reply")
 		}
-		reply, err := s.handle(h)
-		if err != nil {
+		if accepted, err = s.handle(h); err != nil {
 			return nil, fmt.Errorf("opening the stream: %w", err)
-		}
-		if reply != 0 {
-			replied[reply] = true
 		}
 	}
 	return s, nil
