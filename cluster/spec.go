@@ -167,7 +167,7 @@ func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRe
 			// No startup probe: the kubelet looks at readiness only in the second
 			// after it succeeded, and connect waits for that (2.1 s, without it
 			// 0.9 s). Liveness is patient enough for any start.
-			ReadinessProbe: probe(3, 3, "health", "--ready"),
+			ReadinessProbe: probe(2, 3, "health", "--ready"),
 			LivenessProbe:  probe(30, 3, "health"),
 			// A crashed agent's last words come with its status, without the
 			// right to read logs.
