@@ -70,20 +70,23 @@ func TestRoutes(t *testing.T) {
 	for _, a := range []string{"10.244.3.5/32", "10.244.8.8/32", "fd00:10:244:3::5/128", "fd00:10:244:8::8/128"} {
 		command("ip", "addr", "add", a, "dev", "lo", "nodad")
 	}
+	waitFor(t, "the neighbour's addresses in its local table", func() bool {
+		return strings.Count(command("ip", "-6", "route", "show", "table", "local"), "local fd00:10:244:") == 2
+	})
 	for _, a := range []string{"10.244.3.5:700", "10.244.8.8:700", "[fd00:10:244:3::5]:700", "[fd00:10:244:8::8]:700"} {
 		inside(func() { echo(t, a) })
-		c, err := net.Dial("udp", a)
-		if err != nil {
-			t.Fatal(err)
-		}
 		waitFor(t, "an answer from excluded "+a, func() bool { // UDP: the first may be lost
+			c, err := net.Dial("udp", a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
 			c.Write([]byte("hello"))
 			c.SetDeadline(time.Now().Add(500 * time.Millisecond))
 			b := make([]byte, 16)
 			n, err := c.Read(b)
 			return err == nil && string(b[:n]) == "hello"
 		})
-		c.Close()
 	}
 	// Traffic to routed ones comes out of the device, from its own address.
 	for dst, src := range map[string]string{"10.244.9.9:700": "100.64.9.1", "[fd00:10:244:9::9]:700": "fd12::9:1"} {
