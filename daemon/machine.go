@@ -159,7 +159,11 @@ func (m *machine) collidesLocked(d *device, n link.Network, facts *router.Facts)
 			return e
 		}
 	}
-	conflicts := facts.Conflicts(n.Plan, prefixes(n.Excluded))
+	excluded := prefixes(n.Excluded)
+	for _, a := range d.exclude {
+		excluded = append(excluded, host(a))
+	}
+	conflicts := facts.Conflicts(n.Plan, excluded)
 	if len(conflicts) == 0 {
 		return nil
 	}
