@@ -30,7 +30,11 @@ type Config struct {
 	Device     wgtun.Device
 	PrivateKey Key
 	Bind       *carrier.Bind
-	Log        *slog.Logger // nil: none
+	// Passive leaves the handshakes to the peer: the agent's end. When both ends
+	// begin at once, each discards the other's answer and WireGuard tries again
+	// after five seconds.
+	Passive bool
+	Log     *slog.Logger // nil: none
 }
 
 // Tunnel is one WireGuard device with at most one peer. Its methods may be
@@ -39,6 +43,7 @@ type Tunnel struct {
 	bind *carrier.Bind
 	dev  *device.Device
 	own  Key // public
+	keep time.Duration
 
 	once sync.Once
 
@@ -52,7 +57,10 @@ func New(cfg Config) (*Tunnel, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	t := &Tunnel{bind: cfg.Bind, own: cfg.PrivateKey.Public()}
+	t := &Tunnel{bind: cfg.Bind, own: cfg.PrivateKey.Public(), keep: keepalive}
+	if cfg.Passive {
+		t.keep = 0
+	}
 	t.dev = device.NewDevice(cfg.Bind.Gate(cfg.Device), cfg.Bind, logger(log))
 	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(cfg.PrivateKey[:]) + "\n"); err != nil {
 		t.Close()
@@ -66,7 +74,7 @@ func New(cfg Config) (*Tunnel, error) {
 }
 
 // SetPeer replaces whatever peer there was by pub, which may send from and be
-// sent to the allowed prefixes, and starts a handshake. The same peer again
+// sent to the allowed prefixes, and starts a handshake unless it is Passive. The same peer again
 // keeps its keys. Attach a stream first: the handshake waits a second for one,
 // and is repeated only after five.
 func (t *Tunnel) SetPeer(pub Key, allowed []netip.Prefix) error {
@@ -89,7 +97,7 @@ func (t *Tunnel) SetPeer(pub Key, allowed []netip.Prefix) error {
 	for _, p := range allowed {
 		line("allowed_ip", p.Masked().String())
 	}
-	line("persistent_keepalive_interval", strconv.Itoa(int(keepalive/time.Second)))
+	line("persistent_keepalive_interval", strconv.Itoa(int(t.keep/time.Second)))
 	if !t.peer.IsZero() && t.peer != pub {
 		line("public_key", hex.EncodeToString(t.peer[:]))
 		line("remove", "true")
