@@ -84,11 +84,7 @@ func (a *Agent) meet(ctx context.Context, c net.Conn) {
 		a.log.Warn("stream refused", "session", h.Session, "reason", refusal, "error", err)
 		return
 	}
-	if err := n.attach(s); err != nil {
-		s.Close()
-		a.log.Warn("attaching a stream", "session", h.Session, "error", err)
-		return
-	}
+	n.bind.Attach(s)
 	a.metrics.streams.Inc()
 	a.log.Info("stream attached", "session", h.Session, "version", h.Version)
 }
@@ -120,7 +116,10 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 		if err != nil {
 			return nil, err
 		}
-		n.expect(peer)
+		if err := n.setPeer(peer); err != nil {
+			n.close()
+			return nil, err
+		}
 		a.owner = &owner{session: h.Session, secret: h.Secret, hello: h, node: n}
 		a.log.Info("session met", "session", h.Session, "version", h.Version, "tunnel", h.Tunnel, "gso", n.gso)
 		return n, nil
@@ -138,7 +137,9 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 		return nil, fmt.Errorf("session %s came back without the feature %q, which its open connections use", o.session, carrier.FeatureGSO)
 	}
 	if h.PublicKey != o.hello.PublicKey {
-		o.node.expect(peer)
+		if err := o.node.setPeer(peer); err != nil {
+			return nil, err
+		}
 		a.log.Info("session resumed with a new key", "session", h.Session, "version", h.Version)
 	}
 	if h.MTU != o.hello.MTU {

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -39,9 +41,8 @@ type node struct {
 	dns  *dnsRelay
 	gov  *governor
 
-	peerMu         sync.Mutex // taken after agent.mu
-	allowed        []netip.Prefix
-	peer, expected wire.Key
+	allowed []netip.Prefix // addresses of the peer
+	turn    atomic.Uint64  // counts peers
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -104,7 +105,7 @@ func (n *node) start() error {
 	if err := n.dns.listen(); err != nil {
 		return err
 	}
-	t, err := wire.New(wire.Config{Device: n.endpoint, PrivateKey: n.agent.key, Bind: n.bind, Log: n.agent.log})
+	t, err := wire.New(wire.Config{Device: n.endpoint, PrivateKey: n.agent.key, Bind: n.bind, Log: n.agent.log, Passive: true})
 	if err != nil {
 		return fmt.Errorf("starting WireGuard: %w", err)
 	}
@@ -123,27 +124,36 @@ func (n *node) spawn(f func()) {
 	}()
 }
 
-// expect makes key the peer from the next attach on.
-func (n *node) expect(key wire.Key) {
-	n.peerMu.Lock()
-	defer n.peerMu.Unlock()
-	n.expected = key
-}
+// handshakeWait is how long the session has to begin a handshake before the
+// agent, if it has something to send, begins one itself.
+const handshakeWait = 3 * time.Second
 
-// attach makes s the stream in use, and the process of the session that was
-// introduced last the only peer. Connections of the stack stay. The stream comes
-// first: a new peer begins with a handshake, which needs one.
-func (n *node) attach(s *carrier.Stream) error {
-	n.peerMu.Lock()
-	defer n.peerMu.Unlock()
-	n.bind.Attach(s)
-	if n.peer == n.expected {
-		return nil
+// setPeer makes the session's process that introduced itself last the only
+// peer; connections of the stack stay. It begins the handshake, and until then
+// packets wait: they would begin another one from this end, and when two cross
+// both are lost.
+func (n *node) setPeer(key wire.Key) error {
+	n.endpoint.Hold(true)
+	if err := n.tunnel.SetPeer(key, n.allowed); err != nil {
+		n.endpoint.Hold(false)
+		return fmt.Errorf("setting the WireGuard peer: %w", err)
 	}
-	if err := n.tunnel.SetPeer(n.expected, n.allowed); err != nil {
-		return err
-	}
-	n.peer = n.expected
+	turn := n.turn.Add(1)
+	n.spawn(func() {
+		t := time.NewTicker(5 * time.Millisecond)
+		defer t.Stop()
+		for end := time.Now().Add(handshakeWait); time.Now().Before(end) && n.tunnel.LastHandshake().IsZero(); {
+			select {
+			case <-t.C:
+			case <-n.ctx.Done():
+				return
+			}
+			if n.turn.Load() != turn {
+				return // a later peer's turn
+			}
+		}
+		n.endpoint.Hold(false)
+	})
 	return nil
 }
 

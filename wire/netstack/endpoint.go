@@ -58,6 +58,7 @@ type Endpoint struct {
 	writable sync.Cond // the queue is below its limit, or closed
 	queue    ring
 	dropped  uint64
+	held     bool
 	closed   bool
 
 	linkMu     sync.RWMutex
@@ -100,7 +101,7 @@ func (e *Endpoint) Link() stack.LinkEndpoint { return (*link)(e) }
 // bufs[i][offset:], its length to sizes[i]. It returns os.ErrClosed after Close.
 func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	e.mu.Lock()
-	for e.queue.len == 0 && !e.closed {
+	for (e.queue.len == 0 || e.held) && !e.closed {
 		e.readable.Wait()
 	}
 	if e.closed {
@@ -179,6 +180,15 @@ func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
 		p.DecRef()
 	}
 	return len(bufs), nil
+}
+
+// Hold makes Read wait, whatever is queued, until it is called with false. Data
+// waits in its senders meanwhile.
+func (e *Endpoint) Hold(hold bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.held = hold
+	e.readable.Broadcast()
 }
 
 // Delivering is how long the Write under way has taken so far, 0 when there is
