@@ -40,6 +40,9 @@ func up() error {
 	if err := endDaemon(); err != nil { // of an earlier demo
 		return err
 	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
 	m, err := netlab.NewAt(dir)
 	if err != nil {
 		return err
