@@ -106,15 +106,32 @@ func ipNet(a netip.Addr) *net.IPNet {
 type far struct {
 	*tun.Device
 	events chan wgtun.Event
+	gso    bool
 }
 
-func newFar(d *tun.Device) *far {
-	f := &far{d, make(chan wgtun.Event, 1)}
+func newFar(d *tun.Device, gso bool) *far {
+	f := &far{d, make(chan wgtun.Event, 1), gso}
 	f.events <- wgtun.EventUp
 	return f
 }
 
 func (f *far) Read(bufs [][]byte, sizes []int, off int) (int, error) {
+	if !f.gso {
+		one, size := make([]byte, 1<<16), make([]int, 1)
+		if _, err := f.ReadBatch([][]byte{one}, size, 1, true); err != nil {
+			return 0, err
+		}
+		s, err := tun.NewSplitter(one, one[tun.HeaderLen:size[0]])
+		if err != nil {
+			return 0, err
+		}
+		k := 0
+		for n := s.Next(bufs[0][off:]); n > 0 && k < len(bufs); n = s.Next(bufs[min(k, len(bufs)-1)][off:]) {
+			sizes[k] = n
+			k++
+		}
+		return k, nil
+	}
 	views, n := make([][]byte, len(bufs)), make([]int, len(bufs))
 	for i := range views {
 		views[i] = bufs[i][off-tun.HeaderLen : off+maxPacket]
@@ -163,7 +180,7 @@ func newRig(t testing.TB, gso bool) *rig {
 	d := r.near.device(t, nearAddrs, farAddrs)
 	// OpenFlows reads the thread's namespace only where the process lives in it.
 	r.local = NewLocal(LocalConfig{TUN: d, Tunnel: nearAddrs, MTU: testMTU, GSO: gso})
-	r.join(t, r.local, newFar(r.far.device(t, farAddrs, nearAddrs)))
+	r.join(t, r.local, newFar(r.far.device(t, farAddrs, nearAddrs), gso))
 	return r
 }
 
@@ -185,6 +202,11 @@ func (r *rig) join(t testing.TB, near, farDev wgtun.Device) {
 	}
 	if err := r.nearTunnel.SetPeer(b.Public(), everyone); err != nil {
 		t.Fatal(err)
+	}
+	for start := time.Now(); r.nearTunnel.LastHandshake().IsZero(); time.Sleep(time.Millisecond) {
+		if time.Since(start) > 3*time.Second {
+			t.Fatal("no handshake")
+		}
 	}
 }
 

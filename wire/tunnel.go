@@ -43,7 +43,9 @@ type Tunnel struct {
 	bind *carrier.Bind
 	dev  *device.Device
 	own  Key // public
-	keep time.Duration
+
+	passive bool
+	keep    time.Duration
 
 	once sync.Once
 
