@@ -76,3 +76,17 @@ func BenchmarkConnect(b *testing.B) {
 		conn.Close()
 	}
 }
+
+func BenchmarkRoundTrip(b *testing.B) {
+	a := startAgent(b, Config{}, nil)
+	c := connect(b, a, true)
+	conn := c.mustTCP(serve(b, target, echoTCP))
+	one := make([]byte, 1)
+	b.ResetTimer()
+	for range b.N {
+		_, _ = conn.Write(one)
+		if _, err := io.ReadFull(conn, one); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
