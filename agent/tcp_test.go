@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"io"
 	"net"
@@ -315,5 +316,30 @@ func checkEcho(t *testing.T, conn *gonet.TCPConn) {
 	got := make([]byte, len(sent))
 	if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, sent) {
 		t.Fatalf("echo: %v", err)
+	}
+}
+
+// TestTCPPortsAreUsedAgain: a client may come back from a port whose last
+// connection the target ended, and is heard at once.
+func TestTCPPortsAreUsedAgain(t *testing.T) {
+	a := startAgent(t, Config{}, nil)
+	c := connect(t, a, true)
+	addr := serve(t, target, func(s *net.TCPConn) {
+		_, _ = s.Write([]byte{1})
+		s.Close()
+	})
+	for i := range 3 {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		began := time.Now()
+		conn, err := gonet.DialTCPWithBind(ctx, c.stack, full(tunnel4, 34567), full(addr.Addr(), addr.Port()), protocolOf(target))
+		cancel()
+		if err != nil || time.Since(began) > 500*time.Millisecond {
+			t.Fatalf("dial %d from the same port: %v after %s", i, err, time.Since(began))
+		}
+		if _, err := io.ReadAll(conn); err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		time.Sleep(300 * time.Millisecond)
 	}
 }
