@@ -94,6 +94,11 @@ func (s *Session) end(err error) {
 		s.log.Info("session process ends; another one takes over")
 		return
 	}
+	if errors.Is(err, errDaemonGone) {
+		// Nobody owns the device, the routes and the names any more: let go of
+		// them at once, the cluster can wait.
+		s.close()
+	}
 	s.status.update(func(st *api.Session) {
 		st.State, st.Step, st.Cause = api.Disconnecting, "removing the agent", ""
 	})

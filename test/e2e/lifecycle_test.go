@@ -98,9 +98,15 @@ func TestAgentReplaced(t *testing.T) {
 	alive(5 * time.Second)
 	c := dial(t, "tcp", net.JoinHostPort(podIPs(t)[0], "9000"))
 	kubectl(t, "-n", s.Agent.Namespace, "delete", "pod", s.Agent.Pod, "--wait=false")
+	eventually(t, 60*time.Second, func() error {
+		if now := status(t, netlab.Alice)[0]; now.State != api.Connected || now.Agent.Pod == s.Agent.Pod {
+			return fmt.Errorf("no other agent yet: %s %s, %s", now.State, now.Cause, now.Agent.Pod)
+		}
+		return nil
+	})
+	fresh(t, 5*time.Second)
 	// The open connection lived in the old agent: it ends, with a reset and not
 	// with silence, once the new agent is asked about it.
-	fresh(t, 60*time.Second)
 	if err := tryEcho(c, []byte("gone?"), 10*time.Second); err == nil {
 		t.Error("a connection of the old agent goes on?")
 	} else if ne, ok := err.(net.Error); ok && ne.Timeout() {
@@ -116,12 +122,12 @@ func TestAgentReplaced(t *testing.T) {
 func TestAPIServerRestarted(t *testing.T) {
 	connect(t)
 	alive := longLived(t)
-	r := lab.Cluster("exec", "cp", "--inside", "--", "sh", "-c", "pgrep -x kube-apiserver || pgrep -f ^kube-apiserver")
+	r := lab.Cluster("exec", "--inside", "cp", "--", "sh", "-c", "pgrep -x kube-apiserver || pgrep -f ^kube-apiserver")
 	var pid int
 	if _, err := fmt.Sscan(r.Stdout, &pid); err != nil {
 		t.Fatalf("finding the API server: %v", r)
 	}
-	if r := lab.Cluster("exec", "cp", "--inside", "--", "kill", "-KILL", fmt.Sprint(pid)); r.Code != 0 {
+	if r := lab.Cluster("exec", "--inside", "cp", "--", "kill", "-KILL", fmt.Sprint(pid)); r.Code != 0 {
 		t.Fatal(r)
 	}
 	time.Sleep(time.Second)

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"sync/atomic"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -62,31 +63,66 @@ func serve() error {
 }
 
 func attack(c net.Conn) error {
-	key := wire.NewPrivateKey()
-	stream, hello, err := carrier.Accept(context.Background(), c, func(h carrier.Hello) carrier.Welcome {
+	var n *node
+	var failed error
+	stream, _, err := carrier.Accept(context.Background(), c, func(h carrier.Hello) carrier.Welcome {
+		n, failed = newNode(h)
+		if failed != nil {
+			return carrier.Welcome{Protocol: carrier.Protocol, Error: failed.Error()}
+		}
 		resolv, _ := os.ReadFile("/etc/resolv.conf")
 		return carrier.Welcome{
-			Protocol: carrier.Protocol, Version: version.Version, PublicKey: key.Public().String(),
+			Protocol: carrier.Protocol, Version: version.Version, PublicKey: n.key.Public().String(),
 			Instance: "hostile", ResolvConf: string(resolv), Features: []string{carrier.FeatureGSO},
 		}
 	})
 	if err != nil {
 		return err
 	}
-	ep := netstack.New(netstack.Config{MTU: hello.MTU, GSO: true})
-	s, err := netstack.NewStack(ep) // answers echo requests by itself
+	// As the agent does: the session begins the handshake, and until then the
+	// stack's own packets wait, or two handshakes would cross.
+	n.ep.Hold(true)
+	n.bind.Attach(stream)
+	for range 500 {
+		if !n.tunnel.LastHandshake().IsZero() {
+			fmt.Println("the session trusts us")
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	n.ep.Hold(false)
+	<-stream.Done()
+	n.tunnel.Close()
+	return stream.Err()
+}
+
+// node is the double's end of the tunnel.
+type node struct {
+	key    wire.Key
+	ep     *netstack.Endpoint
+	bind   *carrier.Bind
+	tunnel *wire.Tunnel
+}
+
+func newNode(hello carrier.Hello) (*node, error) {
+	n := &node{key: wire.NewPrivateKey(), bind: carrier.NewBind(carrier.BindConfig{})}
+	n.ep = netstack.New(netstack.Config{MTU: hello.MTU, GSO: true})
+	s, err := netstack.NewStack(n.ep) // answers echo requests by itself
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// connect's last probe is a TCP connection to the agent's port 53.
 	for _, a := range hello.Agent {
 		if !a.Is4() {
 			continue
 		}
-		s.AddProtocolAddress(netstack.NIC, tcpip.ProtocolAddress{Protocol: ipv4.ProtocolNumber, AddressWithPrefix: tcpip.AddrFrom4(a.As4()).WithPrefix()}, stack.AddressProperties{})
-		dns, err := gonet.ListenTCP(s, tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFrom4(a.As4()), Port: 53}, ipv4.ProtocolNumber)
+		address := tcpip.AddrFrom4(a.As4())
+		if err := s.AddProtocolAddress(netstack.NIC, tcpip.ProtocolAddress{Protocol: ipv4.ProtocolNumber, AddressWithPrefix: address.WithPrefix()}, stack.AddressProperties{}); err != nil {
+			return nil, fmt.Errorf("adding %s: %s", a, err)
+		}
+		dns, err := gonet.ListenTCP(s, tcpip.FullAddress{NIC: netstack.NIC, Addr: address, Port: 53}, ipv4.ProtocolNumber)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		go func() {
 			for {
@@ -98,22 +134,14 @@ func attack(c net.Conn) error {
 			}
 		}()
 	}
-	bind := carrier.NewBind(carrier.BindConfig{})
-	tunnel, err := wire.New(wire.Config{Device: &device{Endpoint: ep, victims: hello.Tunnel}, PrivateKey: key, Bind: bind, Log: slog.Default()})
-	if err != nil {
-		return err
+	if n.tunnel, err = wire.New(wire.Config{Device: &device{Endpoint: n.ep, victims: hello.Tunnel}, PrivateKey: n.key, Bind: n.bind, Passive: true, Log: slog.Default()}); err != nil {
+		return nil, err
 	}
 	peer, err := wire.ParseKey(hello.PublicKey)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := tunnel.SetPeer(peer, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}); err != nil {
-		return err
-	}
-	bind.Attach(stream)
-	<-stream.Done()
-	tunnel.Close()
-	return stream.Err()
+	return n, n.tunnel.SetPeer(peer, []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")})
 }
 
 // device adds forged packets to each batch that leaves.
