@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -37,11 +38,13 @@ func run(args []string, stderr io.Writer) int {
 		return serve(args, stderr)
 	case "health":
 		return health(args, stderr)
+	case "metrics":
+		return metrics(args, os.Stdout, stderr)
 	case "version":
 		fmt.Println(version.Version)
 		return 0
 	}
-	fmt.Fprintf(stderr, "culvert-agent: unknown role %q: agent, health or version\n", role)
+	fmt.Fprintf(stderr, "culvert-agent: unknown role %q: agent, health, metrics or version\n", role)
 	return 2
 }
 
@@ -122,4 +125,26 @@ func env(name, fallback string) string {
 func envInt(name string) int {
 	n, _ := strconv.Atoi(os.Getenv(name))
 	return n
+}
+
+// metrics prints what Prometheus would scrape: the pod has no other program that
+// could ask on loopback.
+func metrics(args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("culvert-agent metrics", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	addr := flags.String("metrics", env("CULVERT_METRICS", metricsAddr()), "the agent's address for metrics and health [CULVERT_METRICS]")
+	if err := flags.Parse(args); err != nil || flags.NArg() > 0 {
+		return 2
+	}
+	client := http.Client{Timeout: 5 * time.Second}
+	r, err := client.Get("http://" + *addr + "/metrics")
+	if err == nil {
+		defer r.Body.Close()
+		_, err = io.Copy(stdout, r.Body)
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "culvert-agent: asking for the metrics:", err)
+		return 1
+	}
+	return 0
 }
