@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -51,7 +50,7 @@ func run(rounds, seconds int, keep bool, out string) (err error) {
 		return err
 	}
 	defer m.Close()
-	up := exec.Command(m.Testcluster(), "up")
+	up := m.ClusterCommand("up")
 	up.Stdout, up.Stderr = os.Stderr, os.Stderr
 	if err := up.Run(); err != nil {
 		return fmt.Errorf("testcluster up: %w", err)

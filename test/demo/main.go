@@ -48,7 +48,7 @@ func up() error {
 		return err
 	}
 	say("A real Kubernetes cluster, and a laptop that reaches its API server only")
-	if err := show(exec.Command(m.Testcluster(), "up")); err != nil {
+	if err := show(m.ClusterCommand("up")); err != nil {
 		return err
 	}
 	image, err := m.LoadImage()
@@ -123,7 +123,7 @@ func down() error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	return show(exec.Command(filepath.Join(repo, "bin", "testcluster"), "down", "--all"))
+	return show((&netlab.Machine{Repo: repo}).ClusterCommand("down", "--all"))
 }
 
 func pidFile() string { return filepath.Join(dir, "culvertd.pid") }

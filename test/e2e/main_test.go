@@ -11,7 +11,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -46,7 +45,7 @@ func run(m *testing.M) int {
 		if name != "" {
 			args = append(args, "--name", name)
 		}
-		cmd := exec.Command(lab.Testcluster(), args...)
+		cmd := lab.ClusterCommand(args...)
 		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 		if err := cmd.Run(); err != nil {
 			fmt.Fprintf(os.Stderr, "testcluster %v: %v\n", args, err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -143,9 +144,14 @@ func (m *Machine) Culvert(u User, args ...string) Result {
 	return m.Run(u, filepath.Join(m.Dir, "bin", "culvert"), args...)
 }
 
+// ClusterCommand prepares bin/testcluster for this lab.
+func (m *Machine) ClusterCommand(args ...string) *exec.Cmd {
+	return exec.Command(m.Testcluster(), slices.Concat(args[:1], labFlags(), args[1:])...)
+}
+
 // Cluster runs bin/testcluster.
 func (m *Machine) Cluster(args ...string) Result {
-	return Run(exec.Command(m.Testcluster(), args...))
+	return Run(m.ClusterCommand(args...))
 }
 
 // Kubeconfig is the path of a user's kubeconfig for a cluster ("" is the first).
@@ -171,7 +177,7 @@ func (m *Machine) Kubectl(cluster string, stdin io.Reader, args ...string) Resul
 	if cluster != "" {
 		exe = append([]string{"exec", "--name", cluster}, exe[1:]...)
 	}
-	cmd := exec.Command(m.Testcluster(), append(exe, args...)...)
+	cmd := m.ClusterCommand(append(exe, args...)...)
 	cmd.Stdin = stdin
 	return Run(cmd)
 }

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -49,6 +50,24 @@ type Machine struct {
 	daemon *exec.Cmd
 	log    *os.File
 	exited chan struct{}
+}
+
+// Lab is the prefix of the test cluster's namespaces: "culvert", or what
+// CULVERT_LAB says, so that several labs can run on one machine, each with a
+// cluster and a laptop of its own.
+func Lab() string {
+	if lab := os.Getenv("CULVERT_LAB"); lab != "" {
+		return lab
+	}
+	return "culvert"
+}
+
+// labFlags are the flags of `testcluster` that choose the lab.
+func labFlags() []string {
+	if Lab() == "culvert" {
+		return nil
+	}
+	return []string{"--prefix", Lab(), "--state", "/var/lib/" + Lab() + "-testcluster"}
 }
 
 // Repo finds the checkout above the working directory.
@@ -175,7 +194,7 @@ func (m *Machine) Command(ctx context.Context, u User, name string, args ...stri
 	for _, g := range u.Groups {
 		groups += fmt.Sprintf(",%d", g)
 	}
-	exe := append([]string{"exec", "laptop", "--", "/bin/sh", "-c", enter, "sh", m.Dir, fmt.Sprint(u.UID), groups, name}, args...)
+	exe := slices.Concat([]string{"exec"}, labFlags(), []string{"laptop", "--", "/bin/sh", "-c", enter, "sh", m.Dir, fmt.Sprint(u.UID), groups, name}, args)
 	cmd := exec.CommandContext(ctx, m.Testcluster(), exe...)
 	home := m.Home(u)
 	if u.UID == 0 {
@@ -237,7 +256,7 @@ func (m *Machine) Inside(f func() error) error { return In("laptop", f) }
 
 // In is Inside for any machine of the test cluster: node1, lan, ...
 func In(machine string, f func() error) error {
-	ns, err := netns.GetFromName("culvert-" + machine)
+	ns, err := netns.GetFromName(Lab() + "-" + machine)
 	if err != nil {
 		return fmt.Errorf("the network namespace of %s: %w", machine, err)
 	}
