@@ -164,7 +164,7 @@ func (d *device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 		sizes[n] = copy(bufs[n][offset:], p)
 		n++
 	}
-	if c := d.count.Add(int64(len(forged))); c/100 != (c-int64(len(forged)))/100 {
+	if c := d.count.Add(int64(len(forged))); c/50 != (c-int64(len(forged)))/50 {
 		fmt.Println("forged packets sent:", c)
 	}
 	return n, nil
