@@ -22,7 +22,8 @@ type names struct {
 	mu        sync.Mutex
 	forwarder *dns.Forwarder
 	domain    string           // cluster domain
-	machine   []netip.AddrPort // the machine's own resolvers, in mode resolvconf
+	machine   []netip.AddrPort // the machine's own resolvers
+	split     bool             // the OS splits names itself: machine is not asked
 	siblings  []link.Sibling
 	cancel    context.CancelFunc
 	done      chan struct{}
@@ -73,7 +74,7 @@ func (n *names) newLocked() *dns.Forwarder {
 	services := s.cluster.Services()
 	f := dns.New(dns.Config{
 		Context: s.cluster.Context(), Namespace: s.cluster.Namespace(), ClusterDomain: n.domain,
-		Cluster: s.network.agentServers(), Machine: n.machine, Names: services,
+		Cluster: s.network.agentServers(), Machine: n.servers(), Names: services,
 		Namespaces: services.Namespaces, Ranges: s.network.prefixes, Log: s.log,
 	})
 	f.SetSiblings(siblings(n.siblings))
@@ -121,10 +122,10 @@ func (n *names) serve(udp, tcp *os.File, granted link.Granted) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	n.mu.Lock()
-	n.machine = nil
-	if granted.DNSMode == "resolvconf" {
+	if n.machine == nil {
 		n.machine = n.session.start.MachineDNS
 	}
+	n.split = granted.DNSMode != "resolvconf"
 	f := n.newLocked()
 	n.forwarder, n.cancel, n.done = f, cancel, done
 	n.mu.Unlock()
@@ -157,6 +158,29 @@ func (n *names) setSiblings(list []link.Sibling) {
 	if f != nil {
 		f.SetSiblings(siblings(list))
 	}
+}
+
+// setMachine follows the machine's own resolvers: another network has others.
+func (n *names) setMachine(servers []netip.AddrPort) {
+	n.mu.Lock()
+	n.machine = servers
+	f, ask := n.forwarder, n.servers()
+	n.mu.Unlock()
+	if f != nil {
+		f.SetMachine(ask)
+	}
+}
+
+// servers are whom the forwarder asks for names that are not the cluster's: nil
+// where the OS does not send it any.
+func (n *names) servers() []netip.AddrPort {
+	if n.split {
+		return nil
+	}
+	if n.machine == nil {
+		return []netip.AddrPort{} // none known: SERVFAIL, not "no such name"
+	}
+	return n.machine
 }
 
 func siblings(list []link.Sibling) []dns.Sibling {

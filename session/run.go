@@ -38,6 +38,7 @@ func Run(ctx context.Context) error {
 	conn.Handle(link.MethodDisconnect, s.handleDisconnect)
 	conn.Handle(link.MethodPing, s.handlePing)
 	conn.Handle(link.MethodSiblings, s.handleSiblings)
+	conn.Handle(link.MethodMachineDNS, s.handleMachineDNS)
 	linkDone := make(chan error, 1)
 	go func() { linkDone <- conn.Run(context.WithoutCancel(ctx)) }()
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/user"
 	"strconv"
@@ -178,6 +179,15 @@ func (s *Session) handleSiblings(ctx context.Context, in json.RawMessage, _ []*o
 		return nil, nil, err
 	}
 	s.names.setSiblings(siblings)
+	return nil, nil, nil
+}
+
+func (s *Session) handleMachineDNS(ctx context.Context, in json.RawMessage, _ []*os.File) (any, []*os.File, error) {
+	var servers []netip.AddrPort
+	if err := json.Unmarshal(in, &servers); err != nil {
+		return nil, nil, err
+	}
+	s.names.setMachine(servers)
 	return nil, nil, nil
 }
 
