@@ -18,6 +18,12 @@ func (s *Session) connect(ctx context.Context) error {
 	if err := s.open(ctx); err != nil {
 		return err
 	}
+	if err := s.network.resolveHosts(ctx); err != nil {
+		return err
+	}
+	if err := s.excludeServer(ctx); err != nil {
+		return err
+	}
 	spec := s.agentSpec()
 
 	s.status.step("asking the API server")
@@ -69,7 +75,8 @@ func (s *Session) connect(ctx context.Context) error {
 }
 
 // resume makes the tunnel anew in a process that replaces a dead one. Nothing
-// here is fatal but a kubeconfig that is gone: carrierLoop goes on trying.
+// here needs the network, which may be down: carrierLoop goes on trying, and
+// names in selectors keep the addresses that they had.
 func (s *Session) resume(ctx context.Context) error {
 	if err := s.open(ctx); err != nil {
 		return err
@@ -81,8 +88,7 @@ func (s *Session) resume(ctx context.Context) error {
 	return s.openTunnel()
 }
 
-// open reads the kubeconfig and makes sure that the API server's addresses are
-// reached by the machine's own routes before they are dialled.
+// open reads the kubeconfig and the selectors; no network.
 func (s *Session) open(ctx context.Context) error {
 	c, err := cluster.Open(s.options)
 	if err != nil {
@@ -92,10 +98,7 @@ func (s *Session) open(ctx context.Context) error {
 	s.status.update(func(st *api.Session) {
 		st.Context, st.Server, st.Namespace, st.Cluster = c.Context(), c.Server(), c.Namespace(), c.Identity()
 	})
-	if err := s.network.readSelectors(ctx, s.options); err != nil {
-		return err
-	}
-	return s.excludeServer(ctx)
+	return s.network.readSelectors(s.options)
 }
 
 // excludeServer asks the daemon to keep the API server (and a proxy in front of

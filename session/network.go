@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,13 +44,16 @@ type network struct {
 // again from time to time.
 type selectorHosts struct{ include, exclude []string }
 
+// serverSource marks the exclusions of the API server's addresses.
+const serverSource = "API server"
+
 // hostsEvery is how often host names in --include-ips and --exclude-ips are
 // resolved again.
 const hostsEvery = 5 * time.Minute
 
-// readSelectors reads --include-ips and --exclude-ips and resolves their names
-// with the machine's own resolver.
-func (n *network) readSelectors(ctx context.Context, o api.Options) error {
+// readSelectors reads --include-ips and --exclude-ips; resolveHosts adds what
+// their names stand for.
+func (n *network) readSelectors(o api.Options) error {
 	include, includeHosts, err := cluster.ParseSelectors(o.IncludeIPs)
 	if err != nil {
 		return err
@@ -64,7 +68,7 @@ func (n *network) readSelectors(ctx context.Context, o api.Options) error {
 	n.include = routes(include, "--include-ips")
 	n.exclude = routes(exclude, "--exclude-ips")
 	n.mu.Unlock()
-	return n.resolveHosts(ctx)
+	return nil
 }
 
 func routes(prefixes []netip.Prefix, source string) []api.Route {
@@ -75,7 +79,8 @@ func routes(prefixes []netip.Prefix, source string) []api.Route {
 	return rs
 }
 
-// resolveHosts replaces the routes that host names in selectors stand for.
+// resolveHosts replaces the routes that host names in selectors stand for,
+// asking the machine's own resolver.
 func (n *network) resolveHosts(ctx context.Context) error {
 	n.mu.Lock()
 	hosts := n.hosts
@@ -155,8 +160,20 @@ func (n *network) resume(asked *link.Network, granted *link.Granted) {
 	n.active = true
 	n.grant = *granted
 	for _, r := range asked.Plan {
-		if !slices.Contains(n.include, r) {
+		switch {
+		case slices.Contains(n.include, r):
+		case strings.HasPrefix(r.Source, "--include-ips "):
+			n.include = append(n.include, r)
+		default:
 			n.ranges.Routes = append(n.ranges.Routes, r)
+		}
+	}
+	for _, r := range asked.Excluded {
+		switch {
+		case strings.HasPrefix(r.Source, "--exclude-ips "):
+			n.exclude = append(n.exclude, r)
+		case r.Source == serverSource:
+			n.server = append(n.server, r.Prefix.Addr())
 		}
 	}
 }
@@ -174,7 +191,7 @@ func (n *network) apply(ctx context.Context, active bool) error {
 		Excluded: slices.Clone(n.exclude),
 	}
 	for _, a := range n.server {
-		want.Excluded = append(want.Excluded, api.Route{Prefix: netip.PrefixFrom(a, a.BitLen()), Source: "API server"})
+		want.Excluded = append(want.Excluded, api.Route{Prefix: netip.PrefixFrom(a, a.BitLen()), Source: serverSource})
 	}
 	n.mu.Unlock()
 	if want.Active {

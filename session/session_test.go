@@ -142,10 +142,9 @@ func TestEndSaysWhy(t *testing.T) {
 func TestSelectors(t *testing.T) {
 	s, _ := newPair(t)
 	n := &s.network
-	err := n.readSelectors(t.Context(), api.Options{
+	if err := errors.Join(n.readSelectors(api.Options{
 		IncludeIPs: []string{"10.1.2.3", "fd00:1::/64"}, ExcludeIPs: []string{"10.0.0.0/24,localhost"},
-	})
-	if err != nil {
+	}), n.resolveHosts(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	if want := []api.Route{
@@ -165,9 +164,34 @@ func TestSelectors(t *testing.T) {
 		t.Errorf("resolving again makes %d exclusions of %d", len(n.exclude), before)
 	}
 	var e *api.Error
-	err = n.readSelectors(t.Context(), api.Options{ExcludeIPs: []string{"no-such-host.invalid"}})
+	err := errors.Join(n.readSelectors(api.Options{ExcludeIPs: []string{"no-such-host.invalid"}}), n.resolveHosts(t.Context()))
 	if !errors.As(err, &e) || e.Code != api.CodeUsage {
 		t.Errorf("a name that does not resolve: %v", err)
+	}
+}
+
+// TestResumeKeepsWhatWasResolved: a process that takes over while names do not
+// resolve excludes what the one before it excluded.
+func TestResumeKeepsWhatWasResolved(t *testing.T) {
+	s, _ := newPair(t)
+	n := &s.network
+	if err := n.readSelectors(api.Options{IncludeIPs: []string{"10.1.2.3"}, ExcludeIPs: []string{"git.example"}}); err != nil {
+		t.Fatal(err)
+	}
+	route := func(p, source string) api.Route { return api.Route{Prefix: netip.MustParsePrefix(p), Source: source} }
+	excluded := route("10.244.1.9/32", "--exclude-ips git.example")
+	n.resume(&link.Network{
+		Plan:     []api.Route{route("10.244.0.0/16", "node node1"), route("10.1.2.3/32", "--include-ips")},
+		Excluded: []api.Route{excluded, route("172.30.0.10/32", serverSource)},
+	}, &link.Granted{})
+	if !slices.Equal(n.exclude, []api.Route{excluded}) {
+		t.Errorf("excluded %v, want %v", n.exclude, excluded)
+	}
+	if want := []netip.Addr{netip.MustParseAddr("172.30.0.10")}; !slices.Equal(n.server, want) {
+		t.Errorf("the API server is at %v, want %v", n.server, want)
+	}
+	if len(n.ranges.Routes) != 1 || len(n.include) != 1 {
+		t.Errorf("ranges %v, include %v", n.ranges.Routes, n.include)
 	}
 }
 
