@@ -12,6 +12,14 @@ ARCH    := $(shell $(GO) env GOARCH)
 LDFLAGS := -s -w -X github.com/culvert-dev/culvert/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 
+# What tests and demo call beside the cluster's own needs: curl, dig, a private
+# D-Bus, systemd-analyze. Never systemd-resolved, whose package takes over the
+# machine's DNS: tests unpack it into a cache of their own.
+TEST_PACKAGES := curl bind9-dnsutils dbus-daemon systemd
+
+# Steps share bin/ and the machine's network.
+.NOTPARALLEL:
+
 .PHONY: help
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,7 +37,7 @@ binaries: ## bin/culvert, bin/culvertd, bin/culvert-agent
 
 .PHONY: cluster
 cluster: ## bin/testcluster and what it runs (installs Debian packages that are missing)
-	@$(MAKE) --no-print-directory -C test/cluster packages build
+	@$(MAKE) --no-print-directory -C test/cluster packages build MORE_PACKAGES="$(TEST_PACKAGES)"
 
 .PHONY: image
 image: ## dist/culvert-agent.tar: the agent's OCI image for amd64 and arm64, no Docker
@@ -41,17 +49,20 @@ image: ## dist/culvert-agent.tar: the agent's OCI image for amd64 and arm64, no 
 
 .PHONY: unit
 unit: ## unit and namespace tests
-	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
-	$(GO) vet ./...
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "not gofmt'ed: $$unformatted" >&2; exit 1; }
+	$(GO) vet -tags e2e,cluster ./...
 	$(GO) test ./...
-	cd test/cluster && $(GO) vet . && $(GO) test ./...
+
+.PHONY: cluster-test
+cluster-test: cluster ## the test cluster's own tests: clusters come, break and go
+	$(MAKE) --no-print-directory -C test/cluster test CLUSTER=1 MORE_PACKAGES="$(TEST_PACKAGES)"
 
 .PHONY: e2e
 e2e: build ## the whole product on a real cluster, as ordinary users
 	$(GO) test -count=1 -timeout 40m -tags e2e -v ./test/e2e
 
 .PHONY: test
-test: build unit e2e ## everything: unit, namespace, cluster and e2e tests
+test: build unit cluster-test e2e ## everything: unit, namespace, cluster and e2e tests
 
 .PHONY: demo
 demo: build ## a real cluster, a laptop that joins it, and what it then reaches
