@@ -36,6 +36,7 @@ type process struct {
 func (v *supervisor) startProcess(*session) (*process, error) { return nil, errUnsupported }
 func (*process) serve() error                                 { return errUnsupported }
 func (*process) kill()                                        {}
+func (*process) howEnded(err error) string                    { return exitText(err) }
 func exitText(err error) string                               { return err.Error() }
 
 func checkBinary(string) (string, error) { return "", errUnsupported }

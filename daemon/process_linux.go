@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,6 +30,7 @@ type process struct {
 	output *os.File      // read end of its stdout and stderr
 	copied chan struct{} // closed when output is read to its end
 	gone   chan struct{} // closed when the session knows of its end
+	hung   atomic.Bool   // it was killed because it did not answer
 }
 
 // startProcess starts the session binary as the session's user.
@@ -122,6 +125,11 @@ func (p *process) serve() error {
 		for unix.Waitid(unix.P_PID, p.pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
 		}
 	}()
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		p.watch(ctx)
+	}()
 	select {
 	case <-ended:
 		// Its last words are still in the socket: read them to the end.
@@ -138,8 +146,9 @@ func (p *process) serve() error {
 	}
 	p.kill()
 	<-ended
-	err := p.cmd.Wait()
 	cancel()
+	<-watched // it kills by number, which Wait gives back
+	err := p.cmd.Wait()
 	<-served
 	select {
 	case <-p.copied:
@@ -148,6 +157,64 @@ func (p *process) serve() error {
 	p.output.Close()
 	<-p.copied
 	return err
+}
+
+const (
+	// aliveEvery is how often a process is asked whether it lives.
+	aliveEvery = 2 * time.Second
+	// hungAfter is how long a process may leave that unanswered. A session that
+	// is stopped holds the machine's names and routes: its user notices at once.
+	hungAfter = 6 * time.Second
+	// firstAnswer is the same for a process that has just been started, which on
+	// a machine under load may be a while away from its first line.
+	firstAnswer = 30 * time.Second
+)
+
+// watch kills a process that lives but does not answer, so that another one
+// takes over. The answer "no such method" is as good as any. A process that a
+// debugger holds (ptrace(2)) is left alone.
+func (p *process) watch(ctx context.Context) {
+	answered, limit := time.Now(), firstAnswer
+	for {
+		ask, cancel := context.WithTimeout(ctx, limit-time.Since(answered))
+		_, err := p.link.Call(ask, link.MethodAlive, nil, nil)
+		cancel()
+		if ctx.Err() != nil {
+			return
+		}
+		var said *api.Error
+		switch {
+		case err == nil || errors.As(err, &said):
+			answered, limit = time.Now(), hungAfter
+		case errors.Is(err, link.ErrClosed):
+			return // and serve has noticed
+		case p.traced():
+			answered = time.Now()
+		case time.Since(answered) >= limit:
+			p.hung.Store(true)
+			p.kill()
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(aliveEvery):
+		}
+	}
+}
+
+// traced: a debugger is attached, proc_pid_status(5).
+func (p *process) traced() bool {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+	return err == nil && !strings.Contains(string(status), "\nTracerPid:\t0\n")
+}
+
+// howEnded says how the process ended, in words for a user.
+func (p *process) howEnded(err error) string {
+	if p.hung.Load() {
+		return fmt.Sprintf("killed, since it had not answered for %v", hungAfter)
+	}
+	return exitText(err)
 }
 
 // kill kills the process and its group. It is harmless after their end, and

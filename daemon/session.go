@@ -210,15 +210,15 @@ func (s *session) start() {
 func (s *session) attend(p *process) {
 	err := p.serve()
 	s.sup.machine.orphaned(s.id)
-	last := s.output.lastLine()
+	last, how := s.output.lastLine(), p.howEnded(err)
 	s.mu.Lock()
 	said := s.in.reported
 	s.proc, s.in.alive = nil, false
-	s.cause = "the session process ended: " + exitText(err)
+	s.cause = "the session process ended: " + how
 	if s.in.wanted && !s.in.failed {
 		if !s.in.established {
 			s.in.failed = true
-			s.err = &api.Error{Code: api.CodeInternal, Message: "the session process ended before it was connected (" + exitText(err) + ")", Hint: "culvert logs"}
+			s.err = &api.Error{Code: api.CodeInternal, Message: "the session process ended before it was connected (" + how + ")", Hint: "culvert logs"}
 			if last != "" {
 				s.err.Message += ": " + last
 			}
@@ -227,7 +227,7 @@ func (s *session) attend(p *process) {
 		s.backoffLocked()
 	}
 	s.mu.Unlock()
-	s.log.Info("session process ended", "pid", p.pid, "how", exitText(err), "reported", said)
+	s.log.Info("session process ended", "pid", p.pid, "how", how, "reported", said)
 	close(p.gone)
 	s.wakeUp()
 }

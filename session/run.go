@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,6 +38,7 @@ func Run(ctx context.Context) error {
 	s := newSession(conn)
 	conn.Handle(link.MethodDisconnect, s.handleDisconnect)
 	conn.Handle(link.MethodPing, s.handlePing)
+	conn.Handle(link.MethodAlive, handleAlive)
 	conn.Handle(link.MethodSiblings, s.handleSiblings)
 	conn.Handle(link.MethodMachineDNS, s.handleMachineDNS)
 	linkDone := make(chan error, 1)
@@ -78,6 +80,11 @@ func Run(ctx context.Context) error {
 	default:
 		return err
 	}
+}
+
+// handleAlive answers the daemon, which replaces a process that does not.
+func handleAlive(context.Context, json.RawMessage, []*os.File) (any, []*os.File, error) {
+	return nil, nil, nil
 }
 
 var (

@@ -27,6 +27,7 @@ const (
 	MethodPing       = "ping"       // api.PingRequest -> []api.PingReply
 	MethodSiblings   = "siblings"   // notification []Sibling; the other sessions' DNS forwarders, whole list
 	MethodMachineDNS = "machineDNS" // notification []netip.AddrPort; Start.MachineDNS changed
+	MethodAlive      = "alive"      // nil -> nil, at once; a process that does not answer is killed and replaced
 )
 
 // MaxRemember bounds what a session may keep in the daemon, in bytes.
