@@ -10,7 +10,8 @@ import (
 )
 
 // checkBinary makes sure that only root can have written the program at path
-// and returns its real path, which is what must be executed.
+// and returns its real path, which is what must be executed. A group that may
+// write a folder above it is root's own choice (Debian's /usr/local and staff).
 func checkBinary(path string) (string, error) {
 	bad := func(format string, args ...any) (string, error) {
 		return "", &api.Error{
@@ -30,14 +31,10 @@ func checkBinary(path string) (string, error) {
 	if err != nil {
 		return bad("%v", err)
 	}
-	switch {
-	case !st.Mode().IsRegular():
-		return bad("it is not a regular file")
-	case owner(st) != 0:
-		return bad("it belongs to uid %d and not to root", owner(st))
-	case st.Mode().Perm()&0o022 != 0:
-		return bad("others than root may write it (mode %v)", st.Mode().Perm())
-	case st.Mode().Perm()&0o111 == 0:
+	if why := onlyRoots(st); why != "" {
+		return bad("%s", why)
+	}
+	if st.Mode().Perm()&0o111 == 0 {
 		return bad("it is not executable")
 	}
 	for dir := filepath.Dir(real); ; dir = filepath.Dir(dir) {
@@ -54,6 +51,19 @@ func checkBinary(path string) (string, error) {
 			return real, nil
 		}
 	}
+}
+
+// onlyRoots says why somebody else than root may have written a file, or "".
+func onlyRoots(st os.FileInfo) string {
+	switch {
+	case !st.Mode().IsRegular():
+		return "it is not a regular file"
+	case owner(st) != 0:
+		return fmt.Sprintf("it belongs to uid %d and not to root", owner(st))
+	case st.Mode().Perm()&0o022 != 0:
+		return fmt.Sprintf("others than root may write it (mode %v)", st.Mode().Perm())
+	}
+	return ""
 }
 
 func owner(st os.FileInfo) int {

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -49,13 +50,34 @@ type File struct {
 	AllowDomains  []string       `json:"allowDomains,omitempty"`
 }
 
-// ReadFile reads root's configuration. A missing file is an empty one.
+// maxFile bounds root's configuration, in bytes: a device by mistake has no end.
+const maxFile = 1 << 20
+
+// ReadFile reads root's configuration. A missing file is an empty one; one that
+// somebody else may write is an error, because it says what sessions may take.
 func ReadFile(path string) (File, error) {
 	var f File
-	text, err := os.ReadFile(path)
+	file, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return f, nil
 	} else if err != nil {
+		return f, fmt.Errorf("reading the configuration: %w", err)
+	}
+	defer file.Close()
+	// Of the open file, so that what is checked is what is read.
+	st, err := file.Stat()
+	if err != nil {
+		return f, fmt.Errorf("reading the configuration: %w", err)
+	}
+	if why := onlyRoots(st); why != "" {
+		return f, &api.Error{
+			Code:    api.CodeDenied,
+			Message: fmt.Sprintf("the configuration %s may not be used: %s", path, why),
+			Hint:    "sudo chown root:root " + path + " && sudo chmod 644 " + path,
+		}
+	}
+	text, err := io.ReadAll(io.LimitReader(file, maxFile))
+	if err != nil {
 		return f, fmt.Errorf("reading the configuration: %w", err)
 	}
 	if err := yaml.UnmarshalStrict(text, &f); err != nil {

@@ -305,3 +305,32 @@ func TestSessionBinaryIsChecked(t *testing.T) {
 	os.Chown(dir, alice, 0)
 	check("folder of alice's", "the folder")
 }
+
+// What root allows is read from a file that only root can have written.
+func TestConfigurationIsChecked(t *testing.T) {
+	needRoot(t)
+	path := filepath.Join(workdir(t), "culvertd.yaml")
+	if f, err := ReadFile(path); err != nil || f.MaxSessions != 0 {
+		t.Errorf("missing: %+v, %v", f, err)
+	}
+	for _, x := range []struct {
+		name string
+		mode os.FileMode
+		uid  int
+		want string
+	}{
+		{"root's", 0o644, 0, ""},
+		{"alice's", 0o644, alice, "belongs to uid 4001"},
+		{"group may write", 0o664, 0, "others than root"},
+		{"everybody may write", 0o646, 0, "others than root"},
+	} {
+		os.Remove(path)
+		if err := errors.Join(os.WriteFile(path, []byte("maxSessions: 3\n"), 0o600), os.Chmod(path, x.mode), os.Chown(path, x.uid, 0)); err != nil {
+			t.Fatal(err)
+		}
+		f, err := ReadFile(path)
+		if x.want == "" && (err != nil || f.MaxSessions != 3) || x.want != "" && (err == nil || !strings.Contains(err.Error(), x.want)) {
+			t.Errorf("%s: %+v, %v", x.name, f, err)
+		}
+	}
+}

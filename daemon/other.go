@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"time"
 
@@ -40,6 +41,8 @@ func (*process) howEnded(err error) string                    { return exitText(
 func exitText(err error) string                               { return err.Error() }
 
 func checkBinary(string) (string, error) { return "", errUnsupported }
+
+func onlyRoots(os.FileInfo) string { return errUnsupported.Message }
 
 func listen(string, int) (net.Listener, error) { return nil, errUnsupported }
 

@@ -49,7 +49,11 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			d, err := f.daemon()
+			file, err := daemon.ReadFile(f.file)
+			if err != nil {
+				return err
+			}
+			d, err := f.daemon(file)
 			if err != nil {
 				return err
 			}
@@ -73,7 +77,7 @@ func command() *cobra.Command {
 			Short: "Remove what a dead daemon left on this machine: DNS settings, devices, routes, rules",
 			Args:  cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				d, err := f.daemon()
+				d, err := f.daemon(daemon.File{}) // undoing must not depend on a file that may be wrong
 				if err != nil {
 					return err
 				}
@@ -92,7 +96,7 @@ func command() *cobra.Command {
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				// It must outlive the signals that end the daemon and its terminal.
 				signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-				d, err := f.daemon()
+				d, err := f.daemon(daemon.File{}) // undoing must not depend on a file that may be wrong
 				if err != nil {
 					return err
 				}
@@ -110,17 +114,13 @@ func command() *cobra.Command {
 }
 
 // daemon makes the daemon of flags and configuration file.
-func (f *flags) daemon() (*daemon.Daemon, error) {
+func (f *flags) daemon(file daemon.File) (*daemon.Daemon, error) {
 	level := slog.LevelInfo
 	if f.debug {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	slog.SetDefault(log)
-	file, err := daemon.ReadFile(f.file)
-	if err != nil {
-		return nil, err
-	}
 	self, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("finding culvertd's own path: %w", err)

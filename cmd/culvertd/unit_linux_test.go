@@ -161,3 +161,33 @@ func TestNotRoot(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 }
+
+// A configuration that cannot be read keeps a daemon from starting; it must not
+// keep the guard and the cleanup from giving the machine its names back.
+func TestCleanupWithoutConfiguration(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	program := build(t, dir)
+	config := filepath.Join(dir, "culvertd.yaml")
+	if err := os.WriteFile(config, []byte("nonsense: [\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	run := func(args ...string) (string, error) {
+		args = append([]string{"-n", "-m", "--", program}, args...)
+		args = append(args, "--socket", filepath.Join(dir, "culvert.sock"), "--state-dir", filepath.Join(dir, "state"), "--config", config)
+		cmd := exec.Command("unshare", args...)
+		cmd.Stdin = strings.NewReader("q") // the guard's goodbye
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	for _, verb := range []string{"cleanup", "guard"} {
+		if out, err := run(verb); err != nil {
+			t.Errorf("culvertd %s: %v: %s", verb, err, out)
+		}
+	}
+	if out, err := run(); err == nil || !strings.Contains(out, config) {
+		t.Errorf("a daemon started: %v: %s", err, out)
+	}
+}
