@@ -141,8 +141,10 @@ func (f confFile) replace(content []byte, like fs.FileInfo) error {
 		_ = os.Remove(f.tmp())
 	}
 	// A bind-mounted file (containers) cannot be renamed over: EBUSY. A read-only
-	// /etc with a writable file in it gives EROFS already for the new file.
-	if !errors.Is(err, syscall.EBUSY) && !errors.Is(err, syscall.EROFS) && !errors.Is(err, syscall.EXDEV) {
+	// /etc with a writable file in it gives EROFS already for the new file. What a
+	// link leads to is another program's file, and restoring replaces the link.
+	inPlace := errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.EXDEV)
+	if info, e := os.Lstat(f.path); !inPlace || e != nil || !info.Mode().IsRegular() {
 		return fmt.Errorf("replacing %s: %w", f.path, err)
 	}
 	if err := writeInPlace(f.path, content); err != nil {
@@ -237,7 +239,13 @@ func (f confFile) putBack(ours []byte) error {
 		}
 		return writeInPlace(f.path, nil)
 	case err == nil:
-		if err := os.Symlink(target, f.tmp()); err != nil {
+		if err := os.Symlink(target, f.tmp()); noRoom(err) {
+			// No names for a moment are better than dead ones for good.
+			if err := os.Remove(f.path); err != nil {
+				return err
+			}
+			return os.Symlink(target, f.path)
+		} else if err != nil {
 			return err
 		}
 		if err := os.Rename(f.tmp(), f.path); err != nil {
@@ -247,18 +255,27 @@ func (f confFile) putBack(ours []byte) error {
 		return syncDir(filepath.Dir(f.path))
 	}
 	info, err := os.Lstat(f.saved)
-	if errors.Is(err, fs.ErrNotExist) {
-		return f.replace(reconstruct(ours), nil)
-	}
-	if err != nil {
+	var content []byte
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		content, info = reconstruct(ours), nil
+	case err != nil:
 		return err
+	default:
+		if content, err = os.ReadFile(f.saved); err != nil {
+			return err
+		}
 	}
-	content, err := os.ReadFile(f.saved)
-	if err != nil {
-		return err
+	err = f.replace(content, info)
+	if noRoom(err) {
+		// A full disk has room for the original where our longer text is.
+		return writeInPlace(f.path, content)
 	}
-	return f.replace(content, info)
+	return err
 }
+
+// noRoom tells that a disk is full, or a user's or group's share of it.
+func noRoom(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 // parsedConf is what matters to us of a resolv.conf(5).
 type parsedConf struct {

@@ -421,3 +421,83 @@ func TestDecide(t *testing.T) {
 		t.Errorf("resolvconf listens at %s", a)
 	}
 }
+
+// Whoever has no room left in /etc, or may not change it, gets his names back
+// all the same, or keeps them.
+func TestResolvConfFullDisk(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	for name, link := range map[string]bool{"a file": false, "a link": true} {
+		t.Run(name, func(t *testing.T) {
+			env := confEnv(t, "")
+			etc := filepath.Dir(env.ResolvConf)
+			// Inodes: the folder, resolv.conf, and one while it is replaced.
+			if err := unix.Mount("tmpfs", etc, "tmpfs", 0, "nr_inodes=3"); err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Unmount(etc, unix.MNT_DETACH)
+			target := filepath.Join(t.TempDir(), "target")
+			write(t, target, original)
+			if link {
+				if err := os.Symlink(target, env.ResolvConf); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				write(t, env.ResolvConf, original)
+			}
+			d := newDNS(t, env)
+			set(t, d, sessions(1))
+			write(t, filepath.Join(etc, "full"), "")
+			if err := os.WriteFile(filepath.Join(etc, "more"), nil, 0o644); err == nil {
+				t.Fatal("the disk is not full")
+			}
+			set(t, d, nil)
+			if got := content(t, env.ResolvConf); got != original {
+				t.Errorf("restored %q", got)
+			}
+			if to, _ := os.Readlink(env.ResolvConf); (to == target) != link {
+				t.Errorf("a link to %q", to)
+			}
+			if left, _ := os.ReadDir(env.StateDir); len(left) != 0 {
+				t.Errorf("left in the state directory: %v", left)
+			}
+		})
+	}
+}
+
+func TestResolvConfReadOnlyLink(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	env := confEnv(t, "")
+	target := filepath.Join(t.TempDir(), "target")
+	write(t, target, original)
+	if err := os.Symlink(target, env.ResolvConf); err != nil {
+		t.Fatal(err)
+	}
+	etc := filepath.Dir(env.ResolvConf)
+	if err := unix.Mount(etc, etc, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(etc, unix.MNT_DETACH)
+	if err := unix.Mount("", etc, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	d := newDNS(t, env)
+	if err := d.Set(context.Background(), sessions(1)); err == nil || !strings.Contains(err.Error(), "read-only") {
+		t.Errorf("taking a link in a read-only folder: %v", err)
+	}
+	if got := content(t, target); got != original {
+		t.Errorf("wrote through the link: %q", got)
+	}
+	if err := d.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if _, err := RestoreDNS(env); err != nil {
+		t.Error(err)
+	}
+	if left, _ := os.ReadDir(env.StateDir); len(left) != 0 {
+		t.Errorf("left in the state directory: %v", left)
+	}
+}
