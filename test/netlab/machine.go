@@ -183,6 +183,7 @@ func (m *Machine) Enter(u User) []string {
 const enter = `set -e
 mount --bind "$1/etc/passwd" /etc/passwd
 mount --bind "$1/etc/group" /etc/group
+[ ! -e "$1/etc/resolv.conf" ] || mount --bind "$1/etc/resolv.conf" /etc/resolv.conf
 uid=$2 groups=$3; shift 3
 [ "$uid" = 0 ] || exec setpriv --reuid "$uid" --regid "$uid" --groups "$groups" --inh-caps=-all -- "$@"
 exec "$@"`
