@@ -190,7 +190,10 @@ func TestPingAndSilence(t *testing.T) {
 		go func() { _, _ = receive(fn); done <- struct{}{} }()
 	}
 	time.Sleep(500 * time.Millisecond)
-	if s.RTT() <= 0 || s.Err() != nil || !s.Alive(time.Second) {
+	before := s.Received()
+	s.Doubt()
+	time.Sleep(50 * time.Millisecond)
+	if s.RTT() <= 0 || s.Err() != nil || s.Received() == before {
 		t.Fatalf("RTT %v, %v", s.RTT(), s.Err())
 	}
 	b.Shutdown()

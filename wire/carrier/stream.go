@@ -12,14 +12,23 @@ import (
 )
 
 const (
-	// pingEvery is how often a stream is pinged: often enough that the shortest
-	// idle limits of load balancers (60 s) never pass, and two pings fit into
-	// deadAfter.
+	// pingEvery is how often an idle stream is pinged: often enough that the
+	// shortest idle limits of load balancers (60 s) never pass.
 	pingEvery = 5 * time.Second
-	// deadAfter is how long nothing at all may come from the other end before the
-	// stream counts as lost. TCP itself would take 15 minutes. A retransmission
-	// on a bad link takes 1 to 3 s, so less than 5 s would give up good streams.
-	deadAfter = 10 * time.Second
+	// askEvery is how often a stream is pinged that owes us an answer, and for
+	// doubtFor after a Doubt.
+	askEvery = time.Second
+	doubtFor = 5 * time.Second
+	// deadAfter is how long the other end may be silent after we sent something,
+	// data or a ping, before the stream counts as lost. TCP itself would take 15
+	// minutes. Silence alone is not enough, see watch: on a slow link a ping waits
+	// behind the data before it. Four retransmissions of a lost segment fit in.
+	deadAfter = 3 * time.Second
+	// lostAfter is how long it may be silent while the path acknowledges a backlog
+	// of what we send, with our pings somewhere in it.
+	lostAfter = 10 * time.Second
+	// backlog, in bytes, is more than the pings alone make.
+	backlog = 4 << 10
 	// readBuffer holds eight frames of the longest size: what one read brings.
 	readBuffer = 512 << 10
 	// writeChunk is what is gathered into one Write. 256 KiB amortise the three
@@ -73,7 +82,11 @@ type Stream struct {
 	beat  chan struct{} // capacity 1: liveness was changed
 
 	ping, dead atomic.Int64 // durations
-	waiting    atomic.Int64 // since when one read has blocked, on the clock of started; 0: none does
+	// Moments on the clock of started; 0: none.
+	waiting    atomic.Int64 // since when one read has blocked
+	asked      atomic.Int64 // when the first thing was sent after the last that came
+	doubt      atomic.Int64 // of the last Doubt
+	pinged     atomic.Int64 // of the last ping
 	rtt        atomic.Int64
 	sent, rcvd atomic.Uint64
 }
@@ -124,8 +137,8 @@ func (s *Stream) RTT() time.Duration { return time.Duration(s.rtt.Load()) }
 func (s *Stream) Sent() uint64     { return s.sent.Load() }
 func (s *Stream) Received() uint64 { return s.rcvd.Load() }
 
-// SetLiveness changes how often the stream is pinged and how long it may be
-// silent. The defaults are 5 s and 10 s.
+// SetLiveness changes how often an idle stream is pinged and how long it may
+// leave that unanswered. The defaults are 5 s and 3 s.
 func (s *Stream) SetLiveness(ping, dead time.Duration) {
 	s.ping.Store(int64(ping))
 	s.dead.Store(int64(dead))
@@ -135,33 +148,25 @@ func (s *Stream) SetLiveness(ping, dead time.Duration) {
 	}
 }
 
-// Alive pings now and tells whether anything came from the other end within
-// timeout. If not, the stream ends with ErrSilent. It is for moments of doubt:
-// a network change, a wake from sleep. The stream must be attached.
-func (s *Stream) Alive(timeout time.Duration) bool {
-	before := s.rcvd.Load()
+// Doubt pings now, and each second for a while: the network has changed, or the
+// machine has slept. A stream that does not answer then ends with ErrSilent.
+func (s *Stream) Doubt() {
+	s.doubt.Store(s.now())
 	select {
 	case s.pings <- struct{}{}:
 	default:
 	}
-	limit := time.NewTimer(timeout)
-	defer limit.Stop()
-	tick := time.NewTicker(max(timeout/50, time.Millisecond))
-	defer tick.Stop()
-	for {
-		select {
-		case <-s.done:
-			return false
-		case <-tick.C:
-			if s.rcvd.Load() != before {
-				return true
-			}
-		case <-limit.C:
-			s.end(fmt.Errorf("%w for %v", ErrSilent, timeout), "")
-			return false
-		}
-	}
 }
+
+// LocalAddr is this end's address of the connection.
+func (s *Stream) LocalAddr() net.Addr { return s.c.LocalAddr() }
+
+// Break ends the stream with err, without waiting: its owner knows that it is
+// lost, for instance because the machine no longer has its address.
+func (s *Stream) Break(err error) { s.end(err, "") }
+
+// now is the clock of started, never 0.
+func (s *Stream) now() int64 { return int64(max(time.Since(s.started), 1)) }
 
 // end ends the stream without waiting; the first error stays.
 func (s *Stream) end(err error, reason string) {
@@ -174,10 +179,20 @@ func (s *Stream) end(err error, reason string) {
 // watch ends a stream that is silent, and closes the connection of one that has
 // ended. Closing is here, and not in end, because the Close of a TLS or SPDY
 // connection may write and so block for a while.
+//
+// Silent means: we sent something, nothing at all came since, and nobody keeps
+// us from reading. On a slow link answers wait behind bulk, so as long as the
+// kernel's TCP works off a backlog the stream has lostAfter. A process that
+// did not run for a while (a loaded machine, a sleep) blames nobody for it.
 func (s *Stream) watch() {
 	defer s.wg.Done()
-	tick := time.NewTicker(time.Duration(s.dead.Load()) / 5)
+	every := func() time.Duration { return time.Duration(s.dead.Load()) / 10 }
+	tick := time.NewTicker(every())
 	defer tick.Stop()
+	var path ackCounter
+	path.find(s.c)
+	var acked uint64
+	moved, looked := time.Now(), time.Now()
 	for {
 		select {
 		case <-s.done:
@@ -190,15 +205,43 @@ func (s *Stream) watch() {
 			_ = s.c.Close()
 			return
 		case <-s.beat:
-			tick.Reset(time.Duration(s.dead.Load()) / 5)
+			tick.Reset(every())
 			select {
 			case s.pings <- struct{}{}: // and answer takes the new interval
 			default:
 			}
+			continue
 		case <-tick.C:
-			dead := time.Duration(s.dead.Load())
-			if at := s.waiting.Load(); at != 0 && time.Since(s.started)-time.Duration(at) > dead {
-				s.end(fmt.Errorf("%w for %v", ErrSilent, dead), "")
+		}
+		dead := time.Duration(s.dead.Load())
+		if n, waits := path.look(); n != acked {
+			acked = n
+			if waits > backlog {
+				moved = time.Now()
+			}
+		}
+		late := time.Since(looked) > dead/2
+		looked = time.Now()
+		asked, waiting := s.asked.Load(), s.waiting.Load()
+		if late && asked != 0 {
+			s.asked.CompareAndSwap(asked, s.now())
+			continue
+		}
+		if asked == 0 || waiting == 0 {
+			continue
+		}
+		silent := time.Duration(s.now() - max(asked, waiting))
+		if silent > dead && (time.Since(moved) > dead || silent > lostAfter) {
+			s.end(fmt.Errorf("%w for %v", ErrSilent, silent.Round(time.Second/10)), "")
+			continue
+		}
+		doubt := s.doubt.Load()
+		if silent > askEvery || doubt != 0 && s.now()-doubt < int64(doubtFor) {
+			if s.now()-s.pinged.Load() >= int64(min(askEvery, dead/3)) {
+				select {
+				case s.pings <- struct{}{}:
+				default:
+				}
 			}
 		}
 	}
@@ -223,6 +266,7 @@ func (s *Stream) answer() {
 		if typ == framePing {
 			timer.Reset(time.Duration(s.ping.Load()))
 			v = uint64(time.Since(s.started))
+			s.pinged.Store(s.now())
 		}
 		var body [8]byte
 		binary.BigEndian.PutUint64(body[:], v)
@@ -238,6 +282,7 @@ func (s *Stream) answer() {
 
 // flush writes s.out; s.wmu is held.
 func (s *Stream) flush() error {
+	s.asked.CompareAndSwap(0, s.now())
 	n, err := s.c.Write(s.out)
 	s.out = s.out[:0]
 	s.sent.Add(uint64(n))
@@ -312,6 +357,7 @@ func (s *Stream) read(msgs [][]byte, sizes []int) (int, error) {
 			return 0, err
 		}
 		s.rcvd.Add(uint64(s.in.w - s.in.r - before))
+		s.asked.Store(0)
 	}
 }
 
