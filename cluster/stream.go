@@ -318,6 +318,9 @@ func (s *stream) writeFrame(head, payload []byte) error {
 	return err
 }
 
+// NetConn is the connection below, for who wants to know its state.
+func (s *stream) NetConn() net.Conn { return s.Conn }
+
 // Close ends the connection and releases blocked reads and writes. It waits for
 // nothing but a goodbye of at most 100 ms.
 func (s *stream) Close() error {
