@@ -80,12 +80,10 @@ func TestCleanup(t *testing.T) {
 	if err := New(testConfig(dir)).Run(t.Context()); asAPI(err).Code != api.CodeDaemon {
 		t.Errorf("a second daemon: %v", err)
 	}
-	guards, err := exec.Command("pgrep", "-P", fmt.Sprint(cmd.Process.Pid), "-f", "guard").Output()
-	if err != nil {
-		t.Fatalf("no guard runs: %v", err)
+	guard := guardOf(cmd.Process.Pid)
+	if guard == 0 {
+		t.Fatal("no guard runs")
 	}
-	var guard int
-	fmt.Sscan(string(guards), &guard)
 	unix.Kill(guard, unix.SIGTERM) // must survive that
 	time.Sleep(50 * time.Millisecond)
 	if !alive(guard) || zombie(guard) {
@@ -99,6 +97,48 @@ func TestCleanup(t *testing.T) {
 		t.Errorf("removed %v, %v", removed, err)
 	}
 	checkClean(t)
+}
+
+// guardOf finds the guard of a daemon's process, 0 if there is none.
+func guardOf(daemon int) (guard int) {
+	out, _ := exec.Command("pgrep", "-P", fmt.Sprint(daemon), "-f", "guard").Output()
+	fmt.Sscan(string(out), &guard)
+	return guard
+}
+
+// A guard that was killed is replaced, so that the next death of the daemon is
+// as harmless as the first.
+func TestGuardKilled(t *testing.T) {
+	dir := workdir(t)
+	cmd := startDaemon(t, dir)
+	c := api.New(filepath.Join(dir, "culvert.sock"))
+	mustConnect(t, c, request("a", "dns=cluster.local"))
+	first := guardOf(cmd.Process.Pid)
+	if first == 0 {
+		t.Fatal("no guard runs")
+	}
+	unix.Kill(first, unix.SIGKILL)
+	wait(t, "another guard", func() bool {
+		g := guardOf(cmd.Process.Pid)
+		return g != 0 && g != first && !zombie(g)
+	})
+	// One that hangs delays the end of the session, and no more.
+	unix.Kill(guardOf(cmd.Process.Pid), unix.SIGSTOP)
+	if err := c.Disconnect(t.Context(), api.DisconnectRequest{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if g := guardOf(cmd.Process.Pid); g != 0 {
+		t.Errorf("guard %d is left", g)
+	}
+	mustConnect(t, c, request("a", "dns=cluster.local"))
+	wait(t, "the guard's program", func() bool { return guardOf(cmd.Process.Pid) != 0 })
+	cmd.Process.Kill()
+	cmd.Wait()
+	wait(t, "resolv.conf given back", func() bool {
+		text, _ := os.ReadFile("/etc/resolv.conf")
+		return string(text) == originalResolvConf
+	})
+	wait(t, "device gone", func() bool { _, err := net.InterfaceByName("culvert0"); return err != nil })
 }
 
 // SIGTERM ends everything in order, and the connect at boot survives it.

@@ -19,25 +19,49 @@ import (
 // A guard lives while /etc/resolv.conf names a forwarder of ours. It holds the
 // read end of a pipe: when that ends without the daemon having said goodbye,
 // the daemon is dead and the guard gives the machine its names back. It is a
-// session leader and ignores the signals that end a service.
+// session leader and ignores the signals that end a service. One that somebody
+// kills is started again.
 type guard struct {
-	cmd  *exec.Cmd
-	pipe *os.File
+	cfg     Config
+	leaving chan struct{} // closed by dismiss
+	done    chan struct{} // closed when the last process has ended
 }
 
-// goodbye is what the daemon says to a guard that is no longer needed.
-const goodbye = 'q'
+// watchman is one process of a guard.
+type watchman struct {
+	cmd  *exec.Cmd
+	pipe *os.File // write end
+}
+
+const (
+	// goodbye is what the daemon says to a guard that is no longer needed.
+	goodbye = 'q'
+	// guardAgain is the pause before a guard that ended is started again.
+	guardAgain = 200 * time.Millisecond
+	// guardLeaves is how long a dismissed guard may take before it is killed.
+	guardLeaves = 2 * time.Second
+)
 
 func startGuard(cfg Config) (*guard, error) {
 	if len(cfg.Guard) == 0 {
 		return nil, errors.New("no guard program is configured")
 	}
+	g := &guard{cfg: cfg, leaving: make(chan struct{}), done: make(chan struct{})}
+	w, err := g.start()
+	if err != nil {
+		return nil, err
+	}
+	go g.keep(w)
+	return g, nil
+}
+
+func (g *guard) start() (*watchman, error) {
 	read, write, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("making the guard's pipe: %w", err)
 	}
 	defer read.Close()
-	cmd := exec.Command(cfg.Guard[0], cfg.Guard[1:]...)
+	cmd := exec.Command(g.cfg.Guard[0], g.cfg.Guard[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = read, os.Stdout, os.Stderr
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -45,14 +69,53 @@ func startGuard(cfg Config) (*guard, error) {
 		write.Close()
 		return nil, fmt.Errorf("starting the guard of the machine's names: %w", err)
 	}
-	return &guard{cmd: cmd, pipe: write}, nil
+	return &watchman{cmd, write}, nil
 }
 
-// dismiss ends the guard and waits for it.
+// keep replaces a process that ends, until dismiss.
+func (g *guard) keep(w *watchman) {
+	defer close(g.done)
+	for {
+		if w != nil && !g.attend(w) {
+			return
+		}
+		select {
+		case <-g.leaving:
+			return
+		case <-time.After(guardAgain):
+		}
+		var err error
+		if w, err = g.start(); err != nil {
+			g.cfg.Log.Error("keeping a guard of the machine's names", "error", err)
+		}
+	}
+}
+
+// attend waits for a process's end and returns whether another one is needed.
+func (g *guard) attend(w *watchman) bool {
+	defer w.pipe.Close()
+	ended := make(chan error, 1)
+	go func() { ended <- w.cmd.Wait() }()
+	select {
+	case err := <-ended:
+		g.cfg.Log.Warn("the guard of the machine's names ended and is started again", "how", exitText(err))
+		return true
+	case <-g.leaving:
+	}
+	w.pipe.Write([]byte{goodbye}) // EPIPE from a dead one
+	select {
+	case <-ended:
+	case <-time.After(guardLeaves):
+		w.cmd.Process.Kill()
+		<-ended
+	}
+	return false
+}
+
+// dismiss ends the guard and waits for it, at most a little over guardLeaves.
 func (g *guard) dismiss() {
-	g.pipe.Write([]byte{goodbye})
-	g.pipe.Close()
-	g.cmd.Wait()
+	close(g.leaving)
+	<-g.done
 }
 
 // Guard is the guard's own program: it waits on stdin for the daemon's goodbye

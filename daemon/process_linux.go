@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -31,6 +32,9 @@ type process struct {
 	copied chan struct{} // closed when output is read to its end
 	gone   chan struct{} // closed when the session knows of its end
 	hung   atomic.Bool   // it was killed because it did not answer
+
+	mu     sync.Mutex
+	reaped bool // its number may be another process's
 }
 
 // startProcess starts the session binary as the session's user.
@@ -147,8 +151,8 @@ func (p *process) serve() error {
 	p.kill()
 	<-ended
 	cancel()
-	<-watched // it kills by number, which Wait gives back
-	err := p.cmd.Wait()
+	<-watched
+	err := p.reap()
 	<-served
 	select {
 	case <-p.copied:
@@ -217,9 +221,23 @@ func (p *process) howEnded(err error) string {
 	return exitText(err)
 }
 
-// kill kills the process and its group. It is harmless after their end, and
-// not called after serve returned.
-func (p *process) kill() { unix.Kill(-p.pid, unix.SIGKILL) }
+// kill kills the process and its group. It is harmless after their end.
+func (p *process) kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.reaped {
+		unix.Kill(-p.pid, unix.SIGKILL)
+	}
+}
+
+// reap takes the ended process's status, which gives its number back: from then
+// on nobody kills by it.
+func (p *process) reap() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.reaped = true
+	return p.cmd.Wait()
+}
 
 func exitText(err error) string {
 	var exit *exec.ExitError
