@@ -87,6 +87,13 @@ func Open(o api.Options) (*Cluster, error) {
 	if err != nil {
 		return nil, kubeconfigError(where, err)
 	}
+	if e := config.ExecProvider; e != nil && e.InteractiveMode == clientcmdapi.AlwaysExecInteractiveMode {
+		// A session has no terminal, and client-go would not even start such a
+		// plugin. The CLI has run it with one a moment ago: what the user did
+		// there usually lasts, and a plugin that does want him again fails, which
+		// is shown as "needs login".
+		e.InteractiveMode = clientcmdapi.IfAvailableExecInteractiveMode
+	}
 	c := &Cluster{context: name, config: config}
 	c.namespace = firstOf(o.Namespace, context.Namespace, "default")
 	if c.server, err = parseServer(config.Host); err != nil {

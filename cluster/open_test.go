@@ -136,3 +136,22 @@ func TestAddresses(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// A plugin that wants the terminal has had it: the CLI runs it first.
+func TestOpenLowersInteractiveMode(t *testing.T) {
+	for _, mode := range []string{"Always", "IfAvailable", "Never"} {
+		path := writeKubeconfig(t, strings.Replace(kubeconfigText, "{token: t}",
+			"{exec: {apiVersion: client.authentication.k8s.io/v1, command: plugin, interactiveMode: "+mode+"}}", 1))
+		c, err := Open(api.Options{Kubeconfig: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := mode
+		if mode == "Always" {
+			want = "IfAvailable"
+		}
+		if got := string(c.config.ExecProvider.InteractiveMode); got != want {
+			t.Errorf("interactiveMode %s became %s, want %s", mode, got, want)
+		}
+	}
+}

@@ -27,20 +27,6 @@ func TestOneNamespace(t *testing.T) {
 	sh(t, "getent hosts echo.demo.svc.cluster.local")
 }
 
-// TestExecPlugin: credentials that come from a program of the user's run as the
-// user, with his home and /tmp.
-func TestExecPlugin(t *testing.T) {
-	s := connectAs(t, netlab.Alice, "", "execuser")
-	fresh(t, 5*time.Second)
-	if s.UID != netlab.Alice.UID {
-		t.Errorf("the session runs as uid %d", s.UID)
-	}
-	seen := root(t, "find "+lab.Home(netlab.Alice)+" -newer "+lab.Dir+"/etc/group -type f -user alice")
-	if seen == "" {
-		t.Error("the plugin wrote nothing into Alice's home")
-	}
-}
-
 // TestSudo: kt-connect's habit works, as the user who called sudo.
 func TestSudo(t *testing.T) {
 	cmd := lab.Command(background(t), netlab.Root, filepath.Join(lab.Dir, "bin/culvert"), "connect", "--kubeconfig", kubeconfig(t, "", "developer"), "--image", image)
