@@ -21,6 +21,8 @@ import (
 const (
 	// maxExcludeAddrs bounds the API server and proxy addresses of a session.
 	maxExcludeAddrs = 256
+	// maxAppeared bounds the notes about networks that appeared inside a range.
+	maxAppeared = 8
 	// minMTU is IPv6's least (RFC 8200, section 5).
 	minMTU, maxMTU = 1280, 65535
 )
@@ -80,7 +82,7 @@ func (m *machine) configure(ctx context.Context, s *session, n link.Network) (li
 		return link.Granted{}, nil, &api.Error{Code: api.CodeCanceled, Message: "the session is being disconnected"}
 	}
 	d := m.deviceLocked(s)
-	facts, err := m.factsLocked(s.id)
+	facts, err := m.factsFor(s)
 	if err != nil {
 		return link.Granted{}, nil, err
 	}
@@ -164,6 +166,12 @@ func (m *machine) collidesLocked(d *device, n link.Network, facts *router.Facts)
 		excluded = append(excluded, host(a))
 	}
 	conflicts := facts.Conflicts(n.Plan, excluded)
+	if d.session.inputs().established {
+		// The machine's networks come and go while a session is connected: they stay
+		// the machine's (config), and the session goes on with the rest.
+		facts := router.Facts{Sessions: facts.Sessions}
+		conflicts = facts.Conflicts(n.Plan, excluded)
+	}
 	if len(conflicts) == 0 {
 		return nil
 	}
@@ -191,29 +199,34 @@ func (m *machine) collidesLocked(d *device, n link.Network, facts *router.Facts)
 func (m *machine) conflicts(who caller, plan []api.Route) ([]api.Conflict, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	facts, err := m.factsLocked("")
+	facts, err := m.factsLocked(func(s *session) bool { return s.account.UID != who.UID }, who.mayUse)
 	if err != nil {
 		return nil, err
 	}
-	facts.Sessions = slices.DeleteFunc(facts.Sessions, func(r router.SessionRanges) bool {
-		return m.devices[r.ID].session.account.UID == who.UID
-	})
 	return facts.Conflicts(plan, nil), nil
 }
 
-// factsLocked reads the machine's network and adds the other sessions.
-func (m *machine) factsLocked(except string) (*router.Facts, error) {
+// factsFor are factsLocked as a session's user may know them.
+func (m *machine) factsFor(s *session) (*router.Facts, error) {
+	return m.factsLocked(func(other *session) bool { return other != s }, caller{UID: s.account.UID}.mayUse)
+}
+
+// factsLocked reads the machine's network and adds the sessions that count,
+// with names where the users' may be known.
+func (m *machine) factsLocked(counts func(*session) bool, known func(uid int) bool) (*router.Facts, error) {
 	facts, err := m.cfg.Router.Local()
 	if err != nil {
 		return nil, fmt.Errorf("reading the machine's network: %w", err)
 	}
 	for id, d := range m.devices {
-		if id == except || d.tun == nil {
+		if d.tun == nil || !counts(d.session) {
 			continue
 		}
-		facts.Sessions = append(facts.Sessions, router.SessionRanges{
-			ID: id, Context: d.network.Context, Routes: prefixes(d.network.Plan), Excluded: prefixes(d.network.Excluded),
-		})
+		r := router.SessionRanges{Routes: prefixes(d.network.Plan), Excluded: prefixes(d.network.Excluded)}
+		if known(d.session.account.UID) {
+			r.ID, r.Context = id, d.network.Context
+		}
+		facts.Sessions = append(facts.Sessions, r)
 	}
 	return facts, nil
 }
@@ -283,7 +296,21 @@ func (d *device) excluded(facts *router.Facts) []api.Route {
 	for _, a := range d.exclude {
 		all = append(all, api.Route{Prefix: host(a), Source: "API server"})
 	}
-	return append(all, facts.Always()...)
+	all = append(all, facts.Always()...)
+	return append(all, d.appeared(facts)...)
+}
+
+// appeared are the machine's networks inside a range that is routed: they were
+// not there when it was connected, or configure would have refused.
+func (d *device) appeared(facts *router.Facts) []api.Route {
+	if !d.network.Active {
+		return nil
+	}
+	known := prefixes(d.network.Excluded)
+	for _, a := range d.exclude {
+		known = append(known, host(a))
+	}
+	return facts.Inside(d.network.Plan, known)
 }
 
 // exclude replaces the addresses that a session is going to dial itself.
@@ -308,7 +335,7 @@ func (m *machine) exclude(s *session, addrs []netip.Addr) error {
 }
 
 func (m *machine) rerouteLocked(d *device) error {
-	facts, err := m.factsLocked(d.session.id)
+	facts, err := m.factsFor(d.session)
 	if err != nil {
 		return err
 	}
@@ -459,7 +486,13 @@ func (m *machine) destroyLocked(ctx context.Context, d *device) error {
 
 // viewLocked gives status what it shows of the machine's side.
 func (m *machine) viewLocked(d *device, facts *router.Facts) {
-	view := networkView{device: d.name, excluded: d.excluded(facts), notes: d.router.Notes()}
+	view := networkView{device: d.name, excluded: d.excluded(facts), notes: slices.Clone(d.router.Notes())}
+	for i, r := range d.appeared(facts) {
+		if i == maxAppeared {
+			break
+		}
+		view.notes = append(view.notes, fmt.Sprintf("%v stays this machine's, though it is inside the cluster's ranges: %s", r.Prefix, r.Source))
+	}
 	for _, a := range d.granted.Tunnel {
 		view.addresses = append(view.addresses, host(a))
 	}

@@ -349,6 +349,66 @@ func TestEndsOfConnecting(t *testing.T) {
 	checkClean(t)
 }
 
+// A network that appears inside a range while connected (Docker made one) stays
+// the machine's own; session and its restarted process go on with the rest.
+func TestNetworkAppears(t *testing.T) {
+	c := testDaemon(t)
+	s := mustConnect(t, c, request("a"))
+	now := func() api.Session {
+		t.Helper()
+		list, err := c.Sessions(t.Context())
+		if err != nil || len(list) != 1 {
+			t.Fatal(list, err)
+		}
+		return list[0]
+	}
+	ip(t, "link", "add", "docker7", "type", "veth", "peer", "name", "docker8")
+	defer exec.Command("ip", "link", "del", "docker7").Run()
+	ip(t, "addr", "add", "10.244.7.1/24", "dev", "docker7")
+	ip(t, "link", "set", "docker7", "up")
+	ip(t, "route", "add", "10.244.8.0/24", "via", "192.168.77.9") // another VPN
+	defer exec.Command("ip", "route", "del", "10.244.8.0/24").Run()
+	local := func() bool {
+		return strings.Contains(ip(t, "route", "get", "10.244.7.9"), "dev docker7") &&
+			strings.Contains(ip(t, "route", "get", "10.244.8.9"), "dev lan0") &&
+			strings.Contains(ip(t, "route", "get", "10.244.1.1"), "dev culvert0")
+	}
+	wait(t, "both networks the machine's", local)
+	if notes := strings.Join(now().Notes, "\n"); !strings.Contains(notes, "10.244.7.0/24 stays this machine's") || !strings.Contains(notes, "10.244.8.0/24 stays") {
+		t.Errorf("notes %q", notes)
+	}
+	unix.Kill(s.PID, unix.SIGKILL)
+	wait(t, "another process connected", func() bool { n := now(); return n.PID != s.PID && n.State == api.Connected })
+	if !local() {
+		t.Errorf("after the restart 10.244.7.9 goes by %s", ip(t, "route", "get", "10.244.7.9"))
+	}
+	ip(t, "link", "del", "docker7")
+	ip(t, "route", "del", "10.244.8.0/24")
+	wait(t, "the range whole again", func() bool {
+		return strings.Contains(ip(t, "route", "get", "10.244.7.9"), "dev culvert0") && len(now().Notes) == 0
+	})
+}
+
+// What a user is told of a collision names no session of another user's.
+func TestOthersStayUnnamed(t *testing.T) {
+	dir := workdir(t)
+	c, _ := daemonOn(t, dir, nil)
+	a := mustConnect(t, c, request("secret-context"))
+	req := request("b", "plan=10.244.1.0/24")
+	req.AsUID = bob
+	if r := as(t, bob, []uint32{group}, dir+"/culvert.sock", "connect", req); r.Error == nil || r.Error.Code != api.CodeConflict ||
+		strings.Contains(r.Error.Message, a.ID) || strings.Contains(r.Error.Message, "secret") || !strings.Contains(r.Error.Message, "another user's session") {
+		t.Errorf("bob is told %v", r.Error)
+	}
+	req.Options.Labels["identity"] = "secret-context"
+	if r := as(t, bob, []uint32{group}, dir+"/culvert.sock", "connect", req); r.Error == nil || r.Error.Code != api.CodeExists || strings.Contains(r.Error.Message, a.ID) || strings.Contains(r.Error.Message, "secret") {
+		t.Errorf("bob is told %v", r.Error)
+	}
+	if _, err := c.Connect(t.Context(), request("b", "plan=10.244.1.0/24"), nil); !strings.Contains(asAPI(err).Message, a.ID) {
+		t.Errorf("alice is told %v", err)
+	}
+}
+
 func TestTwoSessions(t *testing.T) {
 	c := testDaemon(t)
 	a := mustConnect(t, c, request("a", "dns=cluster.local"))

@@ -46,6 +46,35 @@ func (f *Facts) Always() []api.Route {
 // address in it) is not reported again.
 func (f *Facts) Conflicts(plan []api.Route, excluded []netip.Prefix) []api.Conflict {
 	var res []api.Conflict
+	for _, c := range f.collisions(plan, excluded) {
+		res = append(res, api.Conflict{Prefix: c.routed, Local: c.local, Flag: "--exclude-ips " + flagValue(c.prefix)})
+	}
+	return res
+}
+
+// Inside returns what of Conflicts is the machine's own network and no session's:
+// what a session that is connected already leaves to the machine, whose networks
+// come and go.
+func (f *Facts) Inside(plan []api.Route, excluded []netip.Prefix) []api.Route {
+	var res []api.Route
+	for _, c := range f.collisions(plan, excluded) {
+		if !c.session {
+			res = append(res, api.Route{Prefix: c.prefix, Source: c.local})
+		}
+	}
+	return res
+}
+
+// collision is a range of the plan and what it meets.
+type collision struct {
+	routed  netip.Prefix
+	prefix  netip.Prefix // what both claim
+	local   string       // whose it is, for people
+	session bool         // another session's
+}
+
+func (f *Facts) collisions(plan []api.Route, excluded []netip.Prefix) []collision {
+	var res []collision
 	routes := slices.Clone(f.Routes)
 	slices.SortStableFunc(routes, func(a, b LocalRoute) int { return a.Prefix.Bits() - b.Prefix.Bits() })
 	for _, want := range plan {
@@ -56,7 +85,7 @@ func (f *Facts) Conflicts(plan []api.Route, excluded []netip.Prefix) []api.Confl
 				return
 			}
 			known = append(known, q)
-			res = append(res, api.Conflict{Prefix: p, Local: local, Flag: "--exclude-ips " + flagValue(q)})
+			res = append(res, collision{routed: p, prefix: q, local: local})
 		}
 		for _, r := range routes {
 			report(r.Prefix, r.String())
@@ -86,15 +115,19 @@ func (f *Facts) Conflicts(plan []api.Route, excluded []netip.Prefix) []api.Confl
 				if covered(common, excluded) || covered(common, s.Excluded) {
 					continue
 				}
-				res = append(res, api.Conflict{
-					Prefix: p,
-					Local:  fmt.Sprintf("range %s of session %s (context %s)", q, s.ID, s.Context),
-					Flag:   "--exclude-ips " + flagValue(common),
-				})
+				res = append(res, collision{routed: p, prefix: common, local: s.describe(q), session: true})
 			}
 		}
 	}
 	return res
+}
+
+// describe names a range of a session, and the session if the asker may know it.
+func (s SessionRanges) describe(q netip.Prefix) string {
+	if s.ID == "" {
+		return fmt.Sprintf("range %s of another user's session", q)
+	}
+	return fmt.Sprintf("range %s of session %s (context %s)", q, s.ID, s.Context)
 }
 
 // String describes the route as `ip route` would, with what it means to the user.

@@ -39,7 +39,7 @@ type LocalRoute struct {
 
 // SessionRanges is what another session of culvert routes.
 type SessionRanges struct {
-	ID       string
+	ID       string // "": of another user, who stays unnamed
 	Context  string
 	Routes   []netip.Prefix
 	Excluded []netip.Prefix
