@@ -19,6 +19,8 @@ const (
 	// dialTime bounds one attempt at a stream: a dead API server must not hold
 	// the loop longer than a user would wait.
 	dialTime = 10 * time.Second
+	// helloTime bounds the introduction, a round trip on a connection that works.
+	helloTime = 5 * time.Second
 	// The pause between attempts doubles between these two. The first is short
 	// because most breaks are an API server's restart or a proxy's idle cut.
 	firstPause, lastPause = 200 * time.Millisecond, 5 * time.Second
@@ -52,16 +54,24 @@ func (s *Session) openTunnel() error {
 	return nil
 }
 
-// dialAgent opens a stream to the agent's pod, introduces us, and gives the
-// stream to WireGuard.
+// dialAgent opens a stream to the agent's pod and adopts it.
 func (s *Session) dialAgent(ctx context.Context, agent *cluster.Agent) error {
-	dialer := s.cluster.PortForward(agent, carrier.ControlPort)
-	dialCtx, cancel := context.WithTimeout(ctx, dialTime)
+	s.setAgent(agent)
+	ctx, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
-	conn, err := dialer.Dial(dialCtx)
-	if err != nil {
-		return err
+	a := s.try(ctx, agent)
+	if a.err != nil {
+		return a.err
 	}
+	return s.adopt(ctx, a)
+}
+
+// adopt introduces us on a connection to the agent and gives the stream to
+// WireGuard.
+func (s *Session) adopt(ctx context.Context, a attempt) error {
+	agent, conn := a.agent, a.conn
+	dialCtx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
 	granted := s.network.granted()
 	known := s.recall()
 	s.mu.Lock()
@@ -87,7 +97,7 @@ func (s *Session) dialAgent(ctx context.Context, agent *cluster.Agent) error {
 	if s.stream != nil {
 		s.redials++
 	}
-	s.stream, s.carrier = stream, dialer.Name()
+	s.stream, s.carrier = stream, a.name
 	newPeer := s.peer != welcome.PublicKey
 	s.peer = welcome.PublicKey
 	tunnel, bind := s.tunnel, s.bind
@@ -108,7 +118,7 @@ func (s *Session) dialAgent(ctx context.Context, agent *cluster.Agent) error {
 	if err := s.remember(ctx, func(r *remembered) { r.Instance, r.Domain = welcome.Instance, domain }); err != nil {
 		return err
 	}
-	s.log.Info("carrier up", "carrier", dialer.Name(), "pod", agent.Pod, "agent version", welcome.Version)
+	s.log.Info("carrier up", "carrier", a.name, "pod", agent.Pod, "agent version", welcome.Version)
 	s.status.update(func(st *api.Session) {
 		st.Agent = api.AgentStatus{Namespace: agent.Namespace, Pod: agent.Pod, Node: agent.Node, Image: agent.Image, Version: welcome.Version}
 	})
@@ -131,6 +141,7 @@ func agentError(agent *cluster.Agent, err error) error {
 func (s *Session) carrierLoop(ctx context.Context) error {
 	pause := firstPause
 	for ctx.Err() == nil {
+		down, tries := time.Now(), 0
 		s.mu.Lock()
 		stream := s.stream
 		s.mu.Unlock()
@@ -140,6 +151,7 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 				return nil
 			case <-stream.Done():
 			}
+			down = time.Now()
 			s.log.Info("carrier down", "err", stream.Err())
 			s.status.update(func(st *api.Session) {
 				st.State, st.Cause = api.Reconnecting, "the carrier broke: "+cause(stream.Err())
@@ -147,7 +159,8 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 		}
 		for ctx.Err() == nil {
 			begun := time.Now()
-			err := s.reconnect(ctx)
+			err := s.reconnect(ctx, tries, time.Since(down))
+			tries++
 			if err == nil {
 				pause = firstPause
 				s.setConnected()
@@ -165,6 +178,7 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 				select {
 				case <-ctx.Done():
 					return nil
+				case <-s.hurry:
 				case <-time.After(pause):
 				}
 			}
@@ -174,32 +188,44 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 	return nil
 }
 
-// reconnect finds the agent, wherever it lives now, and brings the tunnel up
-// through it.
-func (s *Session) reconnect(ctx context.Context) error {
-	findCtx, cancel := context.WithTimeout(ctx, dialTime)
-	defer cancel()
-	if err := s.excludeServer(findCtx); err != nil {
-		return err
+// reconnect brings the tunnel up again through the agent that we know. When that
+// was tried in vain before, or the API server does not know it any more, the
+// agent is looked for as well, wherever it lives now: but asking takes the API
+// client's own connection, which after a cut takes seconds to find that it is
+// dead.
+func (s *Session) reconnect(ctx context.Context, tries int, away time.Duration) error {
+	every := tryEvery
+	if away > hurryFor {
+		every = lastPause
 	}
-	name := s.recall().Agent
-	agent, err := s.cluster.WaitAgent(findCtx, name, func(step string) {
-		s.status.update(func(st *api.Session) {
-			st.State, st.Cause = api.Reconnecting, "waiting for the agent: "+step
-		})
-	})
-	var e *api.Error
-	if errors.As(err, &e) && e.Code == api.CodeNotFound {
-		// Somebody deleted the Deployment: make it again, it is ours.
-		s.log.Info("the agent is gone; making it again", "deployment", name)
-		startCtx, cancel := context.WithTimeout(ctx, defaultTimeout)
-		defer cancel()
-		agent, err = s.cluster.EnsureAgent(startCtx, s.agentSpec(), func(string) {})
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if s.knownAgent() == nil {
+		if err := s.findAgent(ctx); err != nil {
+			return err
+		}
+	} else if tries > 0 {
+		searched := make(chan struct{})
+		defer func() { cancel(); <-searched }()
+		go func() {
+			defer close(searched)
+			if err := s.findAgent(ctx); err != nil && ctx.Err() == nil {
+				s.log.Debug("looking for the agent", "err", err)
+			}
+		}()
+	}
+	winner, err := s.race(ctx, every)
+	if err != nil && answered(err) && ctx.Err() == nil {
+		s.log.Info("looking for the agent", "because", err)
+		if err := s.findAgent(ctx); err != nil {
+			return err
+		}
+		winner, err = s.race(ctx, every)
 	}
 	if err != nil {
 		return err
 	}
-	if err := s.dialAgent(ctx, agent); err != nil {
+	if err := s.adopt(ctx, winner); err != nil {
 		return err
 	}
 	if _, err := s.ping(ctx, s.network.agentAddr(), 5*time.Second); err != nil {

@@ -27,7 +27,7 @@ func (s *Session) connect(ctx context.Context) error {
 	spec := s.agentSpec()
 
 	s.status.step("asking the API server")
-	if err := s.cluster.Preflight(ctx, spec); err != nil {
+	if err := s.preflight(ctx, spec); err != nil {
 		return err
 	}
 

@@ -4,9 +4,9 @@
 // and answers names. It holds no privilege: what it needs of the machine it asks
 // of the daemon over package link.
 //
-// The way of a connection: session.connect walks the steps once, then four
-// loops keep it: carrierLoop (the stream to the agent), rangesLoop (what is
-// routed), networkLoop (what the machine was told) and statusLoop (what the
+// The way of a connection: session.connect walks the steps once, then five
+// loops keep it: carrierLoop (the stream to the agent), doubtLoop (a changed
+// network, a sleep), rangesLoop (what is routed), networkLoop (what the machine was told) and statusLoop (what the
 // user is told). A process that finds a Network in its Start resumes instead:
 // TUN and routes are still there, only the tunnel is made anew.
 package session

@@ -35,6 +35,14 @@ func Run(ctx context.Context) error {
 	defer stop()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 
+	// The API client's own connection: after a cut it is noticed dead, and dialled
+	// anew, in 8 s instead of 45 (k8s.io/apimachinery/pkg/util/net reads these).
+	for name, seconds := range map[string]string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS": "5", "HTTP2_PING_TIMEOUT_SECONDS": "3"} {
+		if os.Getenv(name) == "" {
+			os.Setenv(name, seconds)
+		}
+	}
+
 	s := newSession(conn)
 	conn.Handle(link.MethodDisconnect, s.handleDisconnect)
 	conn.Handle(link.MethodPing, s.handlePing)

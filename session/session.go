@@ -36,6 +36,7 @@ type Session struct {
 	log        *slog.Logger
 	status     *status
 	disconnect chan struct{} // closed when the daemon asks
+	hurry      chan struct{} // one token: a redial under way shall not wait
 	once       sync.Once     // closes disconnect
 
 	id      string
@@ -55,7 +56,8 @@ type Session struct {
 	stream     *carrier.Stream // the one in use, or nil
 	carrier    string          // its dialer's name
 	redials    int
-	peer       string // the agent's public key that the tunnel has
+	peer       string         // the agent's public key that the tunnel has
+	agent      *cluster.Agent // as last found, or nil
 
 	loops sync.WaitGroup
 }
@@ -70,7 +72,7 @@ type remembered struct {
 }
 
 func newSession(conn *link.Conn) *Session {
-	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{})}
+	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1)}
 	s.status = &status{conn: conn}
 	s.network.session = s
 	s.names.session = s
@@ -116,7 +118,9 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 			failed <- err
 		}
 	})
+	s.loops.Go(func() { s.doubtLoop(ctx) })
 	s.loops.Go(func() { s.rangesLoop(ctx) })
+	s.loops.Go(func() { s.removeStale(ctx) })
 	s.loops.Go(func() { s.network.loop(ctx) })
 	s.loops.Go(func() { s.statusLoop(ctx) })
 	select {
@@ -195,7 +199,7 @@ func (s *Session) handleMachineDNS(ctx context.Context, in json.RawMessage, _ []
 func (s *Session) agentSpec() cluster.AgentSpec {
 	o := s.options
 	spec := cluster.AgentSpec{
-		Session: s.id, Image: o.Image, PullPolicy: o.ImagePullPolicy, PullSecrets: o.ImagePullSecrets,
+		Session: s.id, Origin: s.start.Origin, Image: o.Image, PullPolicy: o.ImagePullPolicy, PullSecrets: o.ImagePullSecrets,
 		NodeSelector: o.NodeSelector, Labels: o.Labels, Annotations: o.Annotations,
 		ServiceAccount: o.ServiceAccount, PodQuota: o.PodQuota,
 	}
