@@ -36,6 +36,27 @@ func TestExclusions(t *testing.T) {
 	echo(t, dial(t, "tcp", net.JoinHostPort(other, "9000")), []byte("in"))
 }
 
+// TestExclusions6 is the same for IPv6.
+func TestExclusions6(t *testing.T) {
+	pods := words(t, "-n", "demo", "get", "pods", "-l", "app=echo", "-o", "jsonpath={.items[*].status.podIPs[1].ip}")
+	one, other := pods[0], pods[1]
+	s := connect(t, "--exclude-ips", one+",fd00:10:96::7000/116", "--excludeIps", "fd00:10:96::42/128")
+	for addr, inside := range map[string]bool{
+		one: false, other: true, "fd00:10:96::7000": false, "fd00:10:96::7fff": false, "fd00:10:96::6fff": true, "fd00:10:96::8000": true,
+		"fd00:10:96::42": false, "fd00:10:96::43": true, "fd00:172:30::10": false, "fd00:192:168:50::1": false,
+	} {
+		got := sh(t, "ip -6 route get "+addr+" 2>&1 || true")
+		if strings.Contains(got, s.Device) != inside {
+			t.Errorf("%s: %s, want in the tunnel: %v", addr, got, inside)
+		}
+	}
+	if c, err := within(t, "tcp", net.JoinHostPort(one, "9000"), 3*time.Second); err == nil {
+		c.Close()
+		t.Errorf("%s is excluded but reachable", one)
+	}
+	echo(t, dial(t, "tcp", net.JoinHostPort(other, "9000")), []byte("in"))
+}
+
 // TestIncluded: an address that the cluster reaches and no range covers.
 func TestIncluded(t *testing.T) {
 	s := connect(t, "--include-ips", "172.30.0.12")
@@ -53,7 +74,7 @@ func TestIncluded(t *testing.T) {
 func TestNewNode(t *testing.T) {
 	s := connect(t)
 	if got := sh(t, "ip route get 10.244.77.5"); strings.Contains(got, s.Device) {
-		t.Skipf("the whole pod range is routed already: %s", got)
+		t.Fatalf("an address outside of all nodes' ranges is routed: %s", got)
 	}
 	apply(t, `{apiVersion: v1, kind: Node, metadata: {name: node77}, spec: {podCIDR: 10.244.77.0/24, podCIDRs: [10.244.77.0/24]}}`)
 	eventually(t, 10*time.Second, func() error {
