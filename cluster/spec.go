@@ -24,6 +24,9 @@ const (
 	LabelSession   = "culvert.dev/session" // the session's id
 
 	AnnotationUser = "culvert.dev/user" // who connected, for people who look
+	// AnnotationOrigin tells which user's daemon on which machine made it, for
+	// finding what a crash left (RemoveStale). It names neither.
+	AnnotationOrigin = "culvert.dev/origin"
 	// AnnotationSpec is a hash of the Deployment as culvert wrote it: an agent
 	// whose hash differs is replaced, not adopted.
 	AnnotationSpec = "culvert.dev/spec"
@@ -41,6 +44,7 @@ type AgentSpec struct {
 	Session        string // session id
 	Name           string // of the Deployment; empty: AgentName(Session)
 	User           string // for AnnotationUser
+	Origin         string // for AnnotationOrigin
 	Image          string
 	PullPolicy     string // Always, IfNotPresent or Never; empty: IfNotPresent
 	PullSecrets    []string
@@ -96,6 +100,9 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 	})
 	if s.User != "" {
 		annotations[AnnotationUser] = s.User
+	}
+	if s.Origin != "" {
+		annotations[AnnotationOrigin] = s.Origin
 	}
 	one, noHistory := int32(1), int32(0)
 	d := &appsv1.Deployment{

@@ -141,6 +141,11 @@ func (f *fake) run() error {
 			}
 		}
 	}
+	var ids []string
+	if _, err := f.call(link.MethodSessions, nil, &ids); err != nil {
+		return err
+	}
+	fmt.Println("sessions", ids)
 	f.call(link.MethodRemember, map[string]int{"pid": os.Getpid()}, nil)
 	if _, err := f.call(link.MethodStatus, api.Session{State: api.Connected, ID: "forged", UID: 0, Context: n.Context, Agent: api.AgentStatus{Pod: "p"}}, nil); err != nil {
 		return err

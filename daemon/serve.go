@@ -1,7 +1,11 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +54,13 @@ func (s *session) handlers(conn *link.Conn) {
 		s.update(func() { s.remembered = slices.Clone(params) })
 		return nil, nil, nil
 	})
+	conn.Handle(link.MethodSessions, func(context.Context, json.RawMessage, []*os.File) (any, []*os.File, error) {
+		ids := []string{}
+		for _, one := range s.sup.selected(caller{UID: s.account.UID}, "", "") {
+			ids = append(ids, one.id)
+		}
+		return ids, nil, nil
+	})
 	conn.Handle(link.MethodStatus, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
 		var r api.Session
 		if err := decode(link.MethodStatus, params, &r); err != nil {
@@ -66,6 +77,7 @@ func (s *session) hello() link.Start {
 	start := link.Start{
 		ID:         s.id,
 		UID:        s.account.UID,
+		Origin:     origin(s.sup.cfg, s.account.UID),
 		Options:    s.options,
 		Network:    network,
 		Granted:    granted,
@@ -76,6 +88,21 @@ func (s *session) hello() link.Start {
 		s.siblingsChanged = true
 	})
 	return start
+}
+
+// machineID is machine-id(5), which must not leave the machine as it is.
+const machineID = "/etc/machine-id"
+
+// origin makes link.Start.Origin: a keyed hash of who asks where, as
+// machine-id(5) wants it. Two daemons of one machine have different sockets.
+func origin(cfg Config, uid int) string {
+	id, err := os.ReadFile(machineID)
+	if err != nil || len(bytes.TrimSpace(id)) == 0 {
+		return ""
+	}
+	h := hmac.New(sha256.New, bytes.TrimSpace(id))
+	fmt.Fprintf(h, "culvert %d\n%s\n%s", uid, cfg.Socket, cfg.StateDir)
+	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
 func decode(method string, params json.RawMessage, into any) error {

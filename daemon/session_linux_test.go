@@ -407,6 +407,12 @@ func TestOthersStayUnnamed(t *testing.T) {
 	if _, err := c.Connect(t.Context(), request("b", "plan=10.244.1.0/24"), nil); !strings.Contains(asAPI(err).Message, a.ID) {
 		t.Errorf("alice is told %v", err)
 	}
+	req = request("b", "plan=10.50.0.0/16")
+	req.AsUID = bob
+	b := mustConnect(t, c, req)
+	wait(t, "bob's session told of his own and no other", func() bool {
+		return strings.Contains(logOf(t, c, b.ID), "sessions ["+b.ID+"]\n")
+	})
 }
 
 func TestTwoSessions(t *testing.T) {

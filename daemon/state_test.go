@@ -118,3 +118,15 @@ func TestImports(t *testing.T) {
 		}
 	}
 }
+
+// The origin tells users and daemons apart and stays what it is.
+func TestOrigin(t *testing.T) {
+	a := Config{Socket: "/run/a"}
+	b := Config{Socket: "/run/b"}
+	if origin(a, 1) == "" {
+		t.Skip("this machine has no " + machineID)
+	}
+	if origin(a, 1) != origin(a, 1) || origin(a, 1) == origin(a, 2) || origin(a, 1) == origin(b, 1) {
+		t.Errorf("%s %s %s", origin(a, 1), origin(a, 2), origin(b, 1))
+	}
+}

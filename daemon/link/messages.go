@@ -19,6 +19,7 @@ const (
 	MethodConfigure = "configure" // Network -> Granted, with descriptors; whole desired state, idempotent
 	MethodRemember  = "remember"  // json, at most MaxRemember bytes, kept in memory for the next process
 	MethodStatus    = "status"    // api.Session -> nil; what the session knows of itself
+	MethodSessions  = "sessions"  // nil -> []string; ids of all sessions of this session's user
 )
 
 // Methods that the daemon calls on the session.
@@ -38,6 +39,10 @@ type Start struct {
 	ID      string      `json:"id"`
 	UID     int         `json:"uid"`
 	Options api.Options `json:"options"`
+	// Origin is the same for all sessions of this user that this daemon, or an
+	// earlier one in its place, ever started, and tells nothing about the machine.
+	// Empty: the machine has no id.
+	Origin string `json:"origin,omitempty"`
 	// Restart counts earlier processes of this session.
 	Restart int `json:"restart"`
 	// Remembered is what the last process gave to MethodRemember, or null.
