@@ -41,6 +41,19 @@ const (
 	maxRetries = 450
 )
 
+// Below the stack is a stream: packets arrive in order and all, until the stream
+// is cut. What looks for losses there finds delays. gVisor's RACK takes a queue
+// for a loss, and its CUBIC leaves slow start when the round trip grows: windows
+// of 70 KB, cut into packets of 8 KB that cost as much as those of 64, on a path
+// that holds megabytes. So Reno, which knows nothing but losses, and recovery by
+// SACK (RFC 6675), which wants three later packets acknowledged; whole windows
+// lost at once, as by a cut, are found by time-out either way. A carrier that
+// does lose packets can choose otherwise for its connections.
+const (
+	lossDetection     = tcpip.TCPRecovery(0) // not tcpip.TCPRACKLossDetection
+	congestionControl = "reno"
+)
+
 // NewStack makes a stack whose only link is ep. It takes packets for any
 // address and sends from any (promiscuous and spoofing), which is how one stack
 // stands for a whole cluster. The caller closes ep first, then the stack.
@@ -59,8 +72,8 @@ func NewStack(ep *Endpoint) (*stack.Stack, error) {
 
 func configure(s *stack.Stack, ep *Endpoint) error {
 	sack := tcpip.TCPSACKEnabled(true)
-	recovery := tcpip.TCPRACKLossDetection
-	control := tcpip.CongestionControlOption("cubic")
+	recovery := lossDetection
+	control := tcpip.CongestionControlOption(congestionControl)
 	rto := tcpip.TCPMaxRTOOption(maxRTO)
 	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
