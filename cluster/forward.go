@@ -143,7 +143,7 @@ type upgrade struct {
 	proxy   func(*http.Request) (*url.URL, error)
 
 	mu   sync.Mutex
-	raw  net.Conn // TCP
+	raw  *socket  // TCP
 	conn net.Conn // after the upgrade
 	over bool
 }
@@ -163,6 +163,7 @@ func (c *Cluster) newUpgrade(ctx context.Context, way upgradeFunc) (*upgrade, er
 	// Both upgrades are HTTP/1.1's.
 	u.tls = u.tls.Clone()
 	u.tls.NextProtos = []string{"http/1.1"}
+	u.tls.DynamicRecordSizingDisabled = true // small records are for web pages
 	if u.wrapped, err = rest.HTTPWrappersForConfig(c.config, u); err != nil {
 		return nil, err
 	}
@@ -190,8 +191,8 @@ func (u *upgrade) dialTCP(_ context.Context, network, address string) (net.Conn,
 		conn.Close()
 		return nil, net.ErrClosed
 	}
-	u.raw = conn
-	return conn, nil
+	u.raw = newSocket(conn)
+	return u.raw, nil
 }
 
 // abort closes the socket, below TLS and WebSocket: nothing waits for a lock or
@@ -228,7 +229,7 @@ func (u *upgrade) webSocket(req *http.Request) (*http.Response, error) {
 	if ws.Subprotocol() != tunnelProtocol {
 		return resp, nil
 	}
-	u.conn = &webSocketConn{Conn: ws}
+	u.conn = &webSocketConn{Conn: ws, socket: u.raw}
 	return resp, nil
 }
 
@@ -249,7 +250,7 @@ func (u *upgrade) spdy(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	if body, ok := resp.Body.(io.ReadWriteCloser); ok && resp.StatusCode == http.StatusSwitchingProtocols {
-		u.conn = &upgradedConn{Conn: u.raw, body: body}
+		u.conn = &upgradedConn{Conn: u.raw, socket: u.raw, body: body}
 	}
 	return resp, nil
 }
@@ -258,16 +259,25 @@ func (u *upgrade) spdy(req *http.Request) (*http.Response, error) {
 // it for bytes.
 type upgradedConn struct {
 	net.Conn
-	body io.ReadWriteCloser
+	socket *socket
+	body   io.ReadWriteCloser
 }
 
-func (c *upgradedConn) Read(p []byte) (int, error)  { return c.body.Read(p) }
-func (c *upgradedConn) Write(p []byte) (int, error) { return c.body.Write(p) }
-func (c *upgradedConn) Close() error                { return c.body.Close() }
+func (c *upgradedConn) Read(p []byte) (int, error) { return c.body.Read(p) }
+
+func (c *upgradedConn) Write(p []byte) (int, error) {
+	c.socket.hold()
+	n, err := c.body.Write(p)
+	return n, errors.Join(err, c.socket.release())
+}
+
+func (c *upgradedConn) Close() error      { return c.body.Close() }
+func (c *upgradedConn) NetConn() net.Conn { return c.Conn }
 
 // webSocketConn is the byte stream inside binary messages.
 type webSocketConn struct {
 	*websocket.Conn
+	socket  *socket
 	message io.Reader
 }
 
@@ -297,7 +307,9 @@ func (c *webSocketConn) Read(p []byte) (int, error) {
 }
 
 func (c *webSocketConn) Write(p []byte) (int, error) {
-	if err := c.WriteMessage(websocket.BinaryMessage, p); err != nil {
+	c.socket.hold()
+	err := c.WriteMessage(websocket.BinaryMessage, p)
+	if err := errors.Join(err, c.socket.release()); err != nil {
 		return 0, err
 	}
 	return len(p), nil
