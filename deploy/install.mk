@@ -20,7 +20,7 @@ FISHCOMPDIR   ?= $(PREFIX)/share/fish/vendor_completions.d
 .PHONY: install uninstall
 
 install:
-	@test -x bin/culvert -a -x bin/culvertd || { echo "bin/culvert and bin/culvertd are not built: make build first" >&2; exit 1; }
+	@test -x bin/culvert -a -x bin/culvertd || { echo "bin/culvert and bin/culvertd are not built: make binaries first" >&2; exit 1; }
 	install -d -m 0755 $(DESTDIR)$(BINDIR) $(DESTDIR)$(UNITDIR) $(DESTDIR)$(SYSUSERSDIR) \
 		$(DESTDIR)$(BASHCOMPDIR) $(DESTDIR)$(ZSHCOMPDIR) $(DESTDIR)$(FISHCOMPDIR)
 	install -m 0755 bin/culvert bin/culvertd $(DESTDIR)$(BINDIR)/
