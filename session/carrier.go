@@ -19,6 +19,8 @@ const (
 	// dialTime bounds one attempt at a stream: a dead API server must not hold
 	// the loop longer than a user would wait.
 	dialTime = 10 * time.Second
+	// holdTime is how long the machine's packets wait for a carrier that broke.
+	holdTime = 2 * time.Minute
 	// helloTime bounds the introduction, a round trip on a connection that works.
 	helloTime = 5 * time.Second
 	// The pause between attempts doubles between these two. The first is short
@@ -43,7 +45,7 @@ func (s *Session) openTunnel() error {
 		TUN: device, Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
 		MTU: mtu, GSO: true, Log: s.log,
 	})
-	bind := carrier.NewBind(carrier.BindConfig{})
+	bind := carrier.NewBind(carrier.BindConfig{Hold: holdTime})
 	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind, Log: s.log})
 	if err != nil {
 		return err

@@ -27,9 +27,8 @@ const (
 	inStall  = 100 * time.Millisecond
 	// inIdle: what entered WireGuard so long ago is decrypted or dropped.
 	inIdle = time.Second
-	// sendWait is how long a batch waits for a stream when there is none: a redial
-	// takes about a second, and what was held then spares the applications' TCP a
-	// retransmission time-out. Then it is dropped.
+	// sendWait is how long a batch waits for a stream when there is none and
+	// BindConfig.Hold is over: a redial takes about a second. Then it is dropped.
 	sendWait = time.Second
 )
 
@@ -38,6 +37,12 @@ type BindConfig struct {
 	// GateBytes and GatePackets bound what is inside WireGuard, each way;
 	// 0 means 1 MiB and 256.
 	GateBytes, GatePackets int
+	// Hold is how long packets wait for another stream after one has ended; 0
+	// means 1 s. What waits is the oldest, at most what the gate lets in. A kernel's
+	// TCP repeats itself ever more rarely, after a minute's cut a minute later: its
+	// repetition that is held here goes out the moment a stream is back. WireGuard
+	// refuses keys that are older than 3 min, so 2 min are a sensible most.
+	Hold time.Duration
 }
 
 // Stats counts what a Bind moved: WireGuard messages and their bytes.
@@ -71,6 +76,7 @@ type Bind struct {
 	ep      endpoint
 	out, in *gate
 	gating  atomic.Bool // a device is at the other end of the gates
+	hold    time.Duration
 
 	sent, rcvd, sentPkts, rcvdPkts, dropped, streams atomic.Uint64
 
@@ -92,6 +98,7 @@ func NewBind(cfg BindConfig) *Bind {
 	return &Bind{
 		out:     newGate(cfg.GateBytes, cfg.GatePackets, outStall, 0, 1),
 		in:      newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
+		hold:    cfg.Hold,
 		changed: make(chan struct{}),
 	}
 }
@@ -217,9 +224,20 @@ func (b *Bind) live() (s *Stream, changed, closed <-chan struct{}) {
 	return s, b.changed, b.closed
 }
 
+// patience is how long a batch waits for a stream from now on.
+func (b *Bind) patience() time.Duration {
+	b.mu.Lock()
+	s := b.cur
+	b.mu.Unlock()
+	if s == nil || s.Err() == nil {
+		return sendWait
+	}
+	return max(sendWait, b.hold-time.Since(s.ended))
+}
+
 // Send implements conn.Bind. It blocks as long as the carrier pushes back, but
 // not longer than the stream or the Bind lives. Packets without a stream are
-// dropped after sendWait, which is no error: IP promises no delivery.
+// dropped after a while (see BindConfig.Hold), which is no error: IP promises no delivery.
 func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 	if e, ok := ep.(*endpoint); !ok || e != &b.ep {
 		return conn.ErrWrongEndpointType
@@ -234,7 +252,7 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		return net.ErrClosed
 	}
 	if s == nil {
-		limit := time.NewTimer(sendWait)
+		limit := time.NewTimer(b.patience())
 		defer limit.Stop()
 		select {
 		case <-changed:

@@ -286,6 +286,38 @@ func TestNoStream(t *testing.T) {
 }
 
 // wgBuffers are n buffers as WireGuard has them, cut to size.
+// TestHold: what is sent between two streams goes out on the second.
+func TestHold(t *testing.T) {
+	leaks(t)
+	a, b := NewBind(BindConfig{Hold: time.Minute}), NewBind(BindConfig{})
+	open(t, a)
+	fb := open(t, b)
+	s, g := pair(t, false)
+	a.Attach(s)
+	s.Close()
+	g.Close()
+	sent := make(chan error, 1)
+	go func() { sent <- a.Send([][]byte{[]byte("held")}, &a.ep) }()
+	select {
+	case <-sent:
+		t.Fatal("it was not held")
+	case <-time.After(sendWait + 200*time.Millisecond):
+	}
+	s, g = pair(t, false)
+	b.Attach(g)
+	a.Attach(s)
+	if err := <-sent; err != nil || a.Stats().Dropped != 0 {
+		t.Fatal(err, a.Stats())
+	}
+	if got, err := receive(fb); err != nil || len(got) != 1 || string(got[0]) != "held" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	a.Shutdown()
+	b.Shutdown()
+	s.Close()
+	g.Close()
+}
+
 func wgBuffers(n, size int) ([][]byte, []int) {
 	bufs, sizes := make([][]byte, n), make([]int, n)
 	for i := range bufs {

@@ -73,7 +73,8 @@ type Stream struct {
 
 	once   sync.Once
 	done   chan struct{}
-	err    error // set before done is closed
+	err    error     // set before done is closed, as is
+	ended  time.Time // when it was
 	reason string
 	wg     sync.WaitGroup
 
@@ -171,7 +172,7 @@ func (s *Stream) now() int64 { return int64(max(time.Since(s.started), 1)) }
 // end ends the stream without waiting; the first error stays.
 func (s *Stream) end(err error, reason string) {
 	s.once.Do(func() {
-		s.err, s.reason = err, reason
+		s.err, s.reason, s.ended = err, reason, time.Now()
 		close(s.done)
 	})
 }
