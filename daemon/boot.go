@@ -23,7 +23,8 @@ const (
 	minBootDelay = time.Second
 	maxBootDelay = time.Minute
 	maxRecord    = 256 << 10 // bytes; options are bounded by the request's size
-	maxRecords   = 64        // per machine
+	maxRecords   = 256       // per machine
+	maxOwn       = 16        // per user, so that one leaves room for the others
 )
 
 // bootRecord is what is kept of a session that shall be connected at boot: no
@@ -31,6 +32,9 @@ const (
 type bootRecord struct {
 	UID     int         `json:"uid"`
 	Options api.Options `json:"options"`
+	// ByRoot: root asked for it, for whomever. Else the user must still be in the
+	// group when the machine boots.
+	ByRoot bool `json:"byRoot,omitempty"`
 }
 
 // name identifies what is connected to, so that connecting again replaces the
@@ -55,23 +59,46 @@ func (b *bootStore) save(r bootRecord) error {
 	if err != nil {
 		return fmt.Errorf("encoding a session for the next boot: %w", err)
 	}
+	if len(text) > maxRecord {
+		return fmt.Errorf("remembering a session for the next boot: its options are %d bytes, more than %d", len(text), maxRecord)
+	}
 	if err := os.MkdirAll(b.path(), 0o700); err != nil {
 		return fmt.Errorf("making the folder of sessions at boot: %w", err)
 	}
 	file := filepath.Join(b.path(), r.name())
-	if all, _ := os.ReadDir(b.path()); len(all) >= maxRecords {
-		if _, err := os.Stat(file); err != nil {
-			return fmt.Errorf("%d sessions at boot are the most this machine keeps", maxRecords)
+	if _, err := os.Stat(file); err != nil {
+		all, _ := os.ReadDir(b.path())
+		own := 0
+		for _, e := range all {
+			if strings.HasPrefix(e.Name(), fmt.Sprintf("%d-", r.UID)) {
+				own++
+			}
+		}
+		if len(all) >= maxRecords || own >= maxOwn {
+			return fmt.Errorf("%d sessions at boot are the most for one user, %d for this machine", maxOwn, maxRecords)
 		}
 	}
-	tmp := file + ".new"
-	if err := os.WriteFile(tmp, append(text, '\n'), 0o600); err != nil {
-		return fmt.Errorf("writing a session for the next boot: %w", err)
-	}
-	if err := os.Rename(tmp, file); err != nil {
+	if err := writeWhole(file, append(text, '\n')); err != nil {
 		return fmt.Errorf("writing a session for the next boot: %w", err)
 	}
 	return nil
+}
+
+// writeWhole makes a file that is there whole or not at all, after a power loss too.
+func writeWhole(file string, text []byte) error {
+	tmp := file + ".new"
+	w, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(text)
+	if err = errors.Join(err, w.Sync(), w.Close()); err == nil {
+		err = os.Rename(tmp, file)
+	}
+	if err != nil {
+		os.Remove(tmp)
+	}
+	return err
 }
 
 func (b *bootStore) remove(r bootRecord) error {
@@ -156,7 +183,10 @@ func (v *supervisor) connectAtBoot(ctx context.Context, r bootRecord) error {
 	if err != nil {
 		return err
 	}
-	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options, AtBoot: true}, bootEnv(a))
+	if !r.ByRoot && !(caller{GID: a.GID, Groups: a.Groups}).in(v.gid) {
+		return &api.Error{Code: api.CodeDenied, Message: fmt.Sprintf("uid %d is no longer in the group that may use culvertd", r.UID)}
+	}
+	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options, AtBoot: true}, bootEnv(a), r.ByRoot)
 	if err != nil {
 		return err
 	}

@@ -55,7 +55,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	sup := newSupervisor(d.cfg)
+	sup := newSupervisor(d.cfg, gid)
 	// Requests outlive ctx until the sessions have ended: who disconnects or
 	// watches sees the end.
 	srv := newServer(context.WithoutCancel(ctx), d.cfg, sup, withCaller)

@@ -220,6 +220,56 @@ func TestAtBootRetries(t *testing.T) {
 	}
 }
 
+// Who was put out of the group is not connected at boot any more, unless root
+// asked for it.
+func TestAtBootOutOfTheGroup(t *testing.T) {
+	needRoot(t)
+	for _, byRoot := range []bool{false, true} {
+		dir := workdir(t)
+		store := &bootStore{dir: filepath.Join(dir, "state")}
+		if err := store.save(bootRecord{UID: mallet, Options: request("x", "do=fail").Options, ByRoot: byRoot}); err != nil {
+			t.Fatal(err)
+		}
+		c, stop := daemonOn(t, dir, nil)
+		tried := func() bool { return c.Logs(t.Context(), "", false, io.Discard) == nil }
+		if byRoot {
+			wait(t, "an attempt", tried)
+		} else if time.Sleep(time.Second); tried() {
+			t.Error("mallet was connected at boot")
+		}
+		stop()
+	}
+}
+
+func TestBootStoreIsBounded(t *testing.T) {
+	store := &bootStore{dir: t.TempDir()}
+	record := func(uid, i int) bootRecord {
+		return bootRecord{UID: uid, Options: api.Options{Context: fmt.Sprint(i)}}
+	}
+	for i := range maxOwn {
+		if err := store.save(record(alice, i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := store.save(record(alice, 0)); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	if err := store.save(record(alice, maxOwn)); err == nil {
+		t.Error("one user fills the store")
+	}
+	if err := store.save(record(bob, 0)); err != nil {
+		t.Errorf("another user: %v", err)
+	}
+	long := record(bob, 1)
+	long.Options.Namespace = strings.Repeat("x", maxRecord)
+	if err := store.save(long); err == nil {
+		t.Error("kept what could not be read again")
+	}
+	if list, err := store.list(); err != nil || len(list) != maxOwn+1 {
+		t.Errorf("%d records, %v", len(list), err)
+	}
+}
+
 func asAPIorNil(err error) *api.Error {
 	if err == nil {
 		return nil

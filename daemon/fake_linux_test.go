@@ -40,6 +40,9 @@ func fakeSession() {
 		if err := json.Unmarshal(params, &req); err != nil {
 			return nil, nil, err
 		}
+		if req.Target == "error" {
+			return nil, nil, &api.Error{Code: api.CodeNotFound, Message: "no\x1b[31m such target"}
+		}
 		return []api.PingReply{{Target: req.Target, RTT: time.Millisecond}}, nil, nil
 	})
 	conn.Handle(link.MethodSiblings, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {

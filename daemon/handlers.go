@@ -71,7 +71,7 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
-	one, err := s.sup.newSession(acc, req, env)
+	one, err := s.sup.newSession(acc, req, env, who.UID == 0)
 	if err != nil {
 		refuse(w, err)
 		return
@@ -263,7 +263,10 @@ func (s *session) probe(ctx context.Context, req api.PingRequest) ([]api.PingRep
 	if len(replies) > 16 {
 		replies = replies[:16]
 	}
-	return replies, err
+	if err != nil {
+		return nil, cleanError(asAPI(err))
+	}
+	return replies, nil
 }
 
 func (s *server) logs(w http.ResponseWriter, r *http.Request) {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/daemon/api"
@@ -30,13 +31,30 @@ type resolver struct {
 
 // sockets are where a session's forwarder listens, bound by root.
 type sockets struct {
-	addr     netip.AddrPort
+	wanted   netip.AddrPort // router.DNS.Listen
+	addr     netip.AddrPort // or a spare one
 	udp, tcp *os.File
 }
 
 func (s *sockets) close() {
 	s.udp.Close()
 	s.tcp.Close()
+}
+
+// listenAnyDNS binds a forwarder's sockets at an address, or at a spare one when
+// somebody else is there.
+func listenAnyDNS(wanted netip.AddrPort, spares []netip.AddrPort) (*sockets, error) {
+	s, err := listenDNS(wanted)
+	for i := 0; i < len(spares) && errors.Is(err, syscall.EADDRINUSE); i++ {
+		if spare, spareErr := listenDNS(spares[i]); spareErr == nil {
+			s, err = spare, nil
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.wanted = wanted
+	return s, nil
 }
 
 // listenDNS binds both sockets of a forwarder.
@@ -80,13 +98,16 @@ func (m *machine) applyDNSLocked(ctx context.Context, d *device) error {
 		d.resolver = r
 	}
 	addr := r.dns.Listen(d.session.slot, d.granted.Tunnel)
-	if d.sockets != nil && d.sockets.addr != addr {
+	if d.sockets != nil && d.sockets.wanted != addr {
 		d.closeSockets()
 	}
 	if addr.IsValid() && d.sockets == nil {
-		if d.sockets, err = listenDNS(addr); err != nil {
+		if d.sockets, err = listenAnyDNS(addr, r.dns.Spares()); err != nil {
 			return dnsError(err)
 		}
+	}
+	if d.sockets != nil {
+		addr = d.sockets.addr
 	}
 	d.granted.DNSMode, d.granted.DNSAddr = r.mode, addr
 	d.dnsOn = d.network.Active && addr.IsValid()

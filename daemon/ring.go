@@ -23,11 +23,20 @@ type ring struct {
 
 func newRing() *ring { return &ring{more: make(chan struct{})} }
 
-// Write never fails and never blocks.
+// Write never fails and never blocks. It leaves out control characters but tab
+// and newline: the output ends on somebody's terminal, perhaps root's.
 func (r *ring) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.buf = append(r.buf, p...)
+	for _, c := range p {
+		switch last := len(r.buf) - 1; {
+		case c < ' ' && c != '\n' && c != '\t', c == 0x7f:
+		case c >= 0x80 && c < 0xa0 && last >= 0 && r.buf[last] == 0xc2: // U+0080 to U+009F
+			r.buf[last] = '?'
+		default:
+			r.buf = append(r.buf, c)
+		}
+	}
 	if cut := len(r.buf) - ringSize; cut > 0 {
 		// Move only now and then: at half as much again.
 		if len(r.buf) > ringSize+ringSize/2 || len(p) > ringSize/2 {

@@ -34,6 +34,8 @@ func (s *session) handlers(conn *link.Conn) {
 		if err := decode(link.MethodExclude, params, &x); err != nil {
 			return nil, nil, err
 		}
+		s.asking.Lock()
+		defer s.asking.Unlock()
 		return nil, nil, s.sup.machine.exclude(s, x.Addrs)
 	})
 	conn.Handle(link.MethodConfigure, func(ctx context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
@@ -41,6 +43,8 @@ func (s *session) handlers(conn *link.Conn) {
 		if err := decode(link.MethodConfigure, params, &n); err != nil {
 			return nil, nil, err
 		}
+		s.asking.Lock()
+		defer s.asking.Unlock()
 		granted, files, err := s.sup.machine.configure(ctx, s, n)
 		if err != nil {
 			return nil, nil, err
@@ -122,9 +126,7 @@ func clean(r *api.Session) {
 		*text = cleanText(*text)
 	}
 	if r.Error != nil {
-		e := *r.Error
-		e.Code, e.Message, e.Hint = cleanText(e.Code), cleanText(e.Message), cleanText(e.Hint)
-		r.Error = &e
+		r.Error = cleanError(r.Error)
 	}
 	if len(r.Notes) > 64 {
 		r.Notes = r.Notes[:64]
@@ -132,6 +134,10 @@ func clean(r *api.Session) {
 	for i := range r.Notes {
 		r.Notes[i] = cleanText(r.Notes[i])
 	}
+}
+
+func cleanError(e *api.Error) *api.Error {
+	return &api.Error{Code: cleanText(e.Code), Message: cleanText(e.Message), Hint: cleanText(e.Hint)}
 }
 
 func cleanText(text string) string {

@@ -41,6 +41,7 @@ type session struct {
 	options api.Options
 	env     []string
 	atBoot  bool
+	byRoot  bool
 
 	sup    *supervisor
 	log    *slog.Logger
@@ -48,6 +49,8 @@ type session struct {
 	wake   chan struct{} // one token: something changed
 	hurry  chan struct{} // closed when the daemon ends: undo within stopTimeout
 	done   chan struct{} // closed when nothing is left
+
+	asking sync.Mutex // held while the process has the machine changed: one wish at a time
 
 	mu         sync.Mutex
 	in         inputs

@@ -415,6 +415,56 @@ func TestOthersStayUnnamed(t *testing.T) {
 	})
 }
 
+// A user cannot take all sessions of a machine.
+func TestOneUserLeavesRoom(t *testing.T) {
+	c, _ := daemonOn(t, workdir(t), func(cfg *Config) { cfg.MaxSessions = 3 })
+	mustConnect(t, c, request("a", "plan=10.50.0.0/16"))
+	mustConnect(t, c, request("b", "plan=10.51.0.0/16"))
+	if _, err := c.Connect(t.Context(), request("c", "plan=10.52.0.0/16"), nil); asAPI(err).Code != api.CodeUsage || !strings.Contains(err.Error(), "one user") {
+		t.Errorf("a third session of alice's: %v", err)
+	}
+	req := request("c", "plan=10.52.0.0/16")
+	req.AsUID = bob
+	mustConnect(t, c, req)
+	req = request("d", "plan=10.53.0.0/16")
+	req.AsUID = mallet
+	if _, err := c.Connect(t.Context(), req, nil); asAPI(err).Code != api.CodeUsage || !strings.Contains(err.Error(), "this machine") {
+		t.Errorf("a fourth session: %v", err)
+	}
+}
+
+// What a session answers ends on a terminal: no control characters in it.
+func TestPingErrorIsPlain(t *testing.T) {
+	c := testDaemon(t)
+	mustConnect(t, c, request("a"))
+	err := c.Ping(t.Context(), api.PingRequest{Target: "error"}, func(api.PingReply) {})
+	if e := asAPI(err); e.Code != api.CodeNotFound || e.Message != "no[31m such target" {
+		t.Errorf("got %q", err)
+	}
+}
+
+// Somebody else at the address of a forwarder is no reason to go without names.
+func TestForwarderAddressTaken(t *testing.T) {
+	c := testDaemon(t)
+	squatter, err := net.ListenPacket("udp", "127.53.83.1:53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer squatter.Close()
+	s := mustConnect(t, c, request("a", "dns=cluster.local"))
+	if got, err := askUDP(s.DNS.Server, 3*time.Second); err != nil || got != strconv.Itoa(s.PID) {
+		t.Errorf("%s answers %q, %v", s.DNS.Server, got, err)
+	}
+	host, _, _ := net.SplitHostPort(s.DNS.Server)
+	if text, _ := os.ReadFile("/etc/resolv.conf"); !strings.Contains(string(text), "nameserver "+host+"\n") {
+		t.Errorf("resolv.conf is %q, the forwarder at %s", text, host)
+	}
+	if err := c.Disconnect(t.Context(), api.DisconnectRequest{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t)
+}
+
 func TestTwoSessions(t *testing.T) {
 	c := testDaemon(t)
 	a := mustConnect(t, c, request("a", "dns=cluster.local"))

@@ -130,3 +130,15 @@ func TestOrigin(t *testing.T) {
 		t.Errorf("%s %s %s", origin(a, 1), origin(a, 2), origin(b, 1))
 	}
 }
+
+func TestRingIsPlain(t *testing.T) {
+	r := newRing()
+	for _, part := range []string{"a\x1b[31m\tb\r\n", "\u00e9 \u4e2d \xc2", "\x9b31m\x7f\x00.\n"} {
+		r.Write([]byte(part))
+	}
+	var b strings.Builder
+	r.copyTo(t.Context(), &b, false)
+	if got, want := b.String(), "a[31m\tb\n\u00e9 \u4e2d ?31m.\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}

@@ -26,6 +26,7 @@ type supervisor struct {
 	machine *machine
 	boot    *bootStore
 	hurry   chan struct{} // closed when the daemon ends
+	gid     int           // of the group that may use the daemon, -1: root only
 	wg      sync.WaitGroup
 
 	mu       sync.Mutex
@@ -35,9 +36,10 @@ type supervisor struct {
 	stopping bool
 }
 
-func newSupervisor(cfg Config) *supervisor {
+func newSupervisor(cfg Config, gid int) *supervisor {
 	v := &supervisor{
 		cfg:      cfg,
+		gid:      gid,
 		log:      cfg.Log.With("part", "supervisor"),
 		boot:     &bootStore{dir: cfg.StateDir},
 		hurry:    make(chan struct{}),
@@ -48,8 +50,9 @@ func newSupervisor(cfg Config) *supervisor {
 	return v
 }
 
-// newSession notes a session without starting it.
-func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string) (*session, error) {
+// newSession notes a session without starting it. byRoot: root asked for it on
+// the user's behalf.
+func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string, byRoot bool) (*session, error) {
 	s := &session{
 		id:      newID(),
 		started: time.Now(),
@@ -57,6 +60,7 @@ func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string)
 		options: req.Options,
 		env:     env,
 		atBoot:  req.AtBoot,
+		byRoot:  byRoot,
 		sup:     v,
 		output:  newRing(),
 		wake:    make(chan struct{}, 1),
@@ -74,9 +78,16 @@ func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string)
 	if len(v.sessions) >= v.cfg.MaxSessions {
 		return nil, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%d sessions run on this machine, which is the most that root allows", len(v.sessions)), Hint: "culvert disconnect, or maxSessions in " + v.cfg.File}
 	}
-	used := make(map[int]bool)
+	used, own := make(map[int]bool), 0
 	for _, other := range v.sessions {
 		used[other.slot] = true
+		if other.account.UID == a.UID {
+			own++
+		}
+	}
+	// One user, or his script gone mad, leaves room for the others.
+	if most := (v.cfg.MaxSessions + 1) / 2; own >= most {
+		return nil, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%d sessions of yours run on this machine, which is the most for one user", own), Hint: "culvert disconnect, or maxSessions in " + v.cfg.File}
 	}
 	for used[s.slot] {
 		s.slot++
@@ -161,7 +172,7 @@ func (v *supervisor) connected(s *session) {
 	if !s.atBoot {
 		return
 	}
-	if err := v.boot.save(bootRecord{UID: s.account.UID, Options: s.options}); err != nil {
+	if err := v.boot.save(bootRecord{UID: s.account.UID, Options: s.options, ByRoot: s.byRoot}); err != nil {
 		s.log.Error("remembering the session for the next boot", "error", err)
 	}
 }

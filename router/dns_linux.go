@@ -119,6 +119,23 @@ func (d *DNS) Listen(slot int, tunnel []netip.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(tunnel[0], 53)
 }
 
+// Spares are other addresses for a forwarder when another program, or what a
+// session's user kept of his sockets, is at that of Listen.
+func (d *DNS) Spares() []netip.AddrPort {
+	if d.mode != DNSResolvConf {
+		return nil
+	}
+	var res []netip.AddrPort
+	for slot := 253; slot > 253-spares; slot-- {
+		res = append(res, netip.AddrPortFrom(loopback(slot), 53))
+	}
+	return res
+}
+
+// spares is how many addresses are tried: more are in use only if somebody means
+// it, or a server listens on all addresses.
+const spares = 8
+
 // Set makes the machine ask for the sessions' domains: the whole desired state,
 // idempotent. In mode resolvconf the first session's forwarder gets all of the
 // machine's queries, and none means that the original is put back.

@@ -26,6 +26,7 @@ func NewDNS(mode string, env Env) (*DNS, error)                     { return nil
 func (d *DNS) Mode() string                                         { return "" }
 func (d *DNS) Why() string                                          { return "" }
 func (d *DNS) Listen(slot int, tunnel []netip.Addr) netip.AddrPort  { return netip.AddrPort{} }
+func (d *DNS) Spares() []netip.AddrPort                             { return nil }
 func (d *DNS) Set(ctx context.Context, sessions []SessionDNS) error { return errUnsupported }
 func (d *DNS) Close(ctx context.Context) error                      { return nil }
 
