@@ -52,7 +52,8 @@ func attach(name string) (*os.File, error) {
 		unix.Close(fd)
 		return nil, fail(fmt.Sprintf("TUN device name %q: %v", name, err), "")
 	}
-	req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	// EXCL: never join a device that is there, whose owner somebody may have set.
+	req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_TUN_EXCL)
 	switch err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); {
 	case errors.Is(err, unix.EPERM):
 		unix.Close(fd)

@@ -97,6 +97,17 @@ func TestCreate(t *testing.T) {
 		if err := Delete("culvert1"); err != nil {
 			return err
 		}
+		// A persistent one, whoever's it is, is not joined.
+		if err := netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "culvert2"}, Mode: netlink.TUNTAP_MODE_TUN, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR}); err != nil {
+			return err
+		}
+		if f, err := Create(Config{Name: "culvert2", MTU: 1420}); err == nil || !strings.Contains(err.Error(), "in use") {
+			f.Close()
+			t.Errorf("joined a device that was there: %v", err)
+		}
+		if err := Delete("culvert2"); err != nil {
+			return err
+		}
 		if err := Delete("lo"); err == nil {
 			t.Error("deleted the loopback device")
 		}
