@@ -130,7 +130,6 @@ func TestAPIServerRestarted(t *testing.T) {
 	if r := lab.Cluster("exec", "--inside", "cp", "--", "kill", "-KILL", fmt.Sprint(pid)); r.Code != 0 {
 		t.Fatal(r)
 	}
-	time.Sleep(time.Second)
 	alive(60 * time.Second)
 	waitState(t, netlab.Alice, api.Connected, 60*time.Second)
 	fresh(t, 10*time.Second)
@@ -149,10 +148,13 @@ func TestDaemonKilled(t *testing.T) {
 			if err := lab.KillDaemon(); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(2 * time.Second)
-			if got := sh(t, "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'"); got != "198.51.100.80" {
-				t.Errorf("2 s after kill -9, www.example.test is %q", got)
-			}
+			eventually(t, 2*time.Second, func() error {
+				got := lab.Run(netlab.Alice, "/bin/sh", "-c", "getent ahostsv4 www.example.test | head -1 | awk '{print $1}'").Stdout
+				if strings.TrimSpace(got) != "198.51.100.80" {
+					return fmt.Errorf("within 2 s of kill -9, www.example.test is %q", got)
+				}
+				return nil
+			})
 			root(t, "ping -c1 -W2 192.168.50.1")
 			if how == "cleanup" {
 				if err := lab.Cleanup(); err != nil {

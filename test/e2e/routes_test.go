@@ -59,7 +59,13 @@ func TestExclusions6(t *testing.T) {
 
 // TestIncluded: an address that the cluster reaches and no range covers.
 func TestIncluded(t *testing.T) {
-	s := connect(t, "--include-ips", "172.30.0.12")
+	// An address, and a range with a hole.
+	s := connect(t, "--include-ips", "172.30.0.12", "--include-ips", "172.30.1.0/24", "--exclude-ips", "172.30.1.7")
+	for addr, inside := range map[string]bool{"172.30.1.6": true, "172.30.1.7": false} {
+		if got := sh(t, "ip route get "+addr); strings.Contains(got, s.Device) != inside {
+			t.Errorf("%s: %s, want in the tunnel: %v", addr, got, inside)
+		}
+	}
 	if got := sh(t, "ip route get 172.30.0.12"); !strings.Contains(got, s.Device) {
 		t.Errorf("an included address: %s", got)
 	}
