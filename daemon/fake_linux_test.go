@@ -32,6 +32,7 @@ func fakeSession() {
 		if f.start.Options.Labels["do"] == "stubborn" {
 			select {}
 		}
+		fmt.Println("told to disconnect")
 		f.quit <- 0
 		return nil, nil, nil
 	})
@@ -96,6 +97,13 @@ func (f *fake) run() error {
 	case "crash":
 		fmt.Println("panic: the fake crashed")
 		os.Exit(3)
+	case "crash-later": // when there may be something in the cluster
+		if f.start.Restart == 0 {
+			f.call(link.MethodRemember, "an agent", nil)
+			fmt.Println("panic: the fake crashed")
+			os.Exit(3)
+		}
+		fallthrough
 	case "hang":
 		f.call(link.MethodStatus, api.Session{State: api.Connecting, Step: "hanging"}, nil)
 		return nil

@@ -145,11 +145,19 @@ func (s *session) enter(state api.State) bool {
 }
 
 // undo gives names back first (the forwarder is about to go), lets the process
-// clean up in the cluster, and then takes away routes and device.
+// clean up in the cluster, and then takes away routes and device. When there is
+// no process, because it died and another was not started yet, but one left a
+// note of what it made, another is started to take it away.
 func (s *session) undo() {
 	ctx := context.Background()
 	s.sup.machine.mute(ctx, s.id)
 
+	s.mu.Lock()
+	orphans := s.proc == nil && s.remembered != nil && s.in.reported != api.Disconnected
+	s.mu.Unlock()
+	if orphans {
+		s.start()
+	}
 	s.mu.Lock()
 	p, leaving := s.proc, s.in.reported == api.Disconnected
 	s.mu.Unlock()

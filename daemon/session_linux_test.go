@@ -415,6 +415,48 @@ func TestOthersStayUnnamed(t *testing.T) {
 	})
 }
 
+// Whatever a process made in the cluster is taken away, also when the process
+// died: another one does it.
+func TestDeadProcessLeavesNothing(t *testing.T) {
+	dir := workdir(t)
+	session := dir + "/culvert"
+	self, err := os.ReadFile(testBinary)
+	if err != nil {
+		t.Skip("needs root")
+	}
+	if err := os.WriteFile(session, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c, _ := daemonOn(t, dir, func(cfg *Config) { cfg.SessionBinary = session })
+	t.Run("while connecting", func(t *testing.T) {
+		_, err := c.Connect(t.Context(), request("a", "do=crash-later"), nil)
+		if e := asAPI(err); e.Code != api.CodeInternal || !strings.Contains(e.Message, "the fake crashed") {
+			t.Errorf("the user is told %v", err)
+		}
+		if log := logOf(t, c, ""); strings.Count(log, "self ") != 2 || !strings.Contains(log, "told to disconnect") {
+			t.Errorf("nobody was told to clean up: %s", log)
+		}
+	})
+	t.Run("before it is started again", func(t *testing.T) {
+		s := mustConnect(t, c, request("b"))
+		if err := os.Chmod(session, 0o777); err != nil { // may not be started any more
+			t.Fatal(err)
+		}
+		unix.Kill(s.PID, unix.SIGKILL)
+		time.Sleep(2 * time.Second) // until the pauses between attempts are long
+		if err := os.Chmod(session, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Disconnect(t.Context(), api.DisconnectRequest{}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if log := logOf(t, c, s.ID); !strings.Contains(log, "told to disconnect") {
+			t.Errorf("nobody was told to clean up: %s", log)
+		}
+	})
+	checkClean(t)
+}
+
 // A user cannot take all sessions of a machine.
 func TestOneUserLeavesRoom(t *testing.T) {
 	c, _ := daemonOn(t, workdir(t), func(cfg *Config) { cfg.MaxSessions = 3 })

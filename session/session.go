@@ -166,8 +166,15 @@ func (s *Session) recall() remembered {
 // removeAgent deletes what the session made in the cluster, if it made anything.
 func (s *Session) removeAgent(ctx context.Context) error {
 	name := s.recall().Agent
-	if name == "" || s.cluster == nil {
+	if name == "" {
 		return nil
+	}
+	if s.cluster == nil { // asked to end before it had begun: a process before it made the agent
+		c, err := cluster.Open(s.options)
+		if err != nil {
+			return err
+		}
+		s.cluster = c
 	}
 	return s.cluster.DeleteAgent(ctx, name)
 }
