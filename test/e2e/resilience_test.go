@@ -92,7 +92,7 @@ func TestNetworkChanges(t *testing.T) {
 	route := root(t, "ip -4 route show default")
 	move := func(from, to string) {
 		t.Helper()
-		root(t, "ip addr add "+to+"/24 dev "+device+"; ip addr del "+from+"/24 dev "+device+"; ip route replace "+route)
+		root(t, "ip addr del "+from+"/24 dev "+device+"; ip addr add "+to+"/24 dev "+device+"; ip route replace "+route)
 	}
 	there := false
 	t.Cleanup(func() {
