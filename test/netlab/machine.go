@@ -129,6 +129,18 @@ func copyFile(from, to string) error {
 	return os.WriteFile(to, b, 0o755)
 }
 
+// without returns the lines of a passwd or group file that are not of these
+// names: the host may have culvert installed, or an Alice.
+func without(text []byte, names ...string) (kept []byte) {
+	for line := range bytes.Lines(text) {
+		name, _, _ := strings.Cut(string(line), ":")
+		if !slices.Contains(names, name) {
+			kept = append(kept, line...)
+		}
+	}
+	return kept
+}
+
 // addUsers writes the laptop's own passwd and group: the host's and ours.
 func (m *Machine) addUsers() error {
 	passwd, err := os.ReadFile("/etc/passwd")
@@ -139,6 +151,8 @@ func (m *Machine) addUsers() error {
 	if err != nil {
 		return err
 	}
+	ours := []string{Alice.Name, Bob.Name, Mallory.Name, "culvert"}
+	passwd, group = without(passwd, ours...), without(group, ours...)
 	members := []string{}
 	for _, u := range []User{Alice, Bob, Mallory} {
 		home := m.Home(u)
