@@ -46,3 +46,32 @@ func TestBothKilled(t *testing.T) {
 		return nil
 	})
 }
+
+// TestKilledWhileConnecting: a session that is killed while its agent starts
+// leaves no agent; another process removes it before connect returns.
+func TestKilledWhileConnecting(t *testing.T) {
+	agents := func() string {
+		return kubectl(t, "get", "deployments", "-A", "-l", "app.kubernetes.io/managed-by=culvert", "-o", "name")
+	}
+	config := kubeconfig(t, "", "developer")
+	ended := make(chan netlab.Result, 1)
+	go func() {
+		// No node is like that: the agent's pod stays pending for a moment.
+		ended <- lab.Culvert(netlab.Alice, "connect", "--kubeconfig", config, "--image", image, "--node-selector", "culvert.dev/none=such")
+	}()
+	eventually(t, 10*time.Second, func() error {
+		if agents() == "" {
+			return fmt.Errorf("no agent yet")
+		}
+		return nil
+	})
+	if err := syscall.Kill(status(t, netlab.Alice)[0].PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-ended; r.Code != 1 {
+		t.Errorf("connect: %v", r)
+	}
+	if left := agents(); left != "" {
+		t.Errorf("left in the cluster: %s", left)
+	}
+}
