@@ -36,7 +36,11 @@ const timeWait = 10 * time.Millisecond
 // While the carrier is away packets vanish. Retransmission goes on for about an
 // hour (450 times 8 s), and at most 8 s apart, so that a connection is back soon
 // after the carrier is; with the default it could take two minutes more.
+//
+// Before half a second nothing is taken for lost: the carrier's own queues on a
+// busy machine take longer than gVisor's 200 ms.
 const (
+	minRTO     = 500 * time.Millisecond
 	maxRTO     = 8 * time.Second
 	maxRetries = 450
 )
@@ -74,12 +78,13 @@ func configure(s *stack.Stack, ep *Endpoint) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := lossDetection
 	control := tcpip.CongestionControlOption(congestionControl)
+	first := tcpip.TCPMinRTOOption(minRTO)
 	rto := tcpip.TCPMaxRTOOption(maxRTO)
 	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
-	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &control, &rto, &retries, &wait, &send, &receive} {
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &control, &first, &rto, &retries, &wait, &send, &receive} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return fmt.Errorf("setting TCP option %T: %s", option, err)
 		}
