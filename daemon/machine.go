@@ -140,6 +140,9 @@ func (m *machine) validate(n link.Network) error {
 		default:
 			return usage("DNS mode %.32q is none of auto, resolved, resolvconf, none", n.DNS.Mode)
 		}
+		if len(n.DNS.ClusterDomain) > 253 || cleanText(n.DNS.ClusterDomain) != n.DNS.ClusterDomain {
+			return usage("the cluster's domain is too long or not printable")
+		}
 		domains = slices.Concat(n.DNS.Domains, n.DNS.Search)
 	}
 	if err := router.ValidateExcluded(n.Excluded); err != nil {

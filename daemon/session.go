@@ -300,10 +300,10 @@ func (s *session) snapshot() api.Session {
 		v.PID = s.proc.pid
 	}
 	if v.Context == "" {
-		v.Context = s.options.Context
+		v.Context = cleanText(s.options.Context)
 	}
 	if v.Namespace == "" {
-		v.Namespace = s.options.Namespace
+		v.Namespace = cleanText(s.options.Namespace)
 	}
 	if s.state != api.Connecting {
 		v.Step = ""

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/daemon/link"
 )
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
@@ -140,5 +141,22 @@ func TestRingIsPlain(t *testing.T) {
 	r.copyTo(t.Context(), &b, false)
 	if got, want := b.String(), "a[31m\tb\n\u00e9 \u4e2d ?31m.\n"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// What a session or a request says ends on terminals, root's among them.
+func TestNothingUnprintableIsShown(t *testing.T) {
+	m := newMachine(Config{}.complete())
+	n := link.Network{Identity: "i", Context: "c", MTU: 1420, DNS: &link.DNS{ClusterDomain: "cluster.local"}}
+	if err := m.validate(n); err != nil {
+		t.Fatal(err)
+	}
+	n.DNS.ClusterDomain = "x\x1b[31m"
+	if err := m.validate(n); asAPI(err).Code != api.CodeUsage {
+		t.Errorf("cluster domain with an escape: %v", err)
+	}
+	s := &session{options: api.Options{Context: "c\x1b[2J", Namespace: "n\x07"}}
+	if v := s.snapshot(); v.Context != "c[2J" || v.Namespace != "n" {
+		t.Errorf("shown as %q, %q", v.Context, v.Namespace)
 	}
 }
