@@ -30,7 +30,10 @@ func processes(m *netlab.Machine) (procs, error) {
 	for _, p := range all {
 		b, _ := os.ReadFile(p)
 		arg0, _, _ := strings.Cut(string(b), "\x00")
-		if filepath.Base(arg0) == "culvert-agent" && !strings.Contains(string(b), "health") {
+		// Other labs on this machine have agents too; the lab's name begins the
+		// names of its machines' control groups.
+		group, _ := os.ReadFile(filepath.Join(filepath.Dir(p), "cgroup"))
+		if filepath.Base(arg0) == "culvert-agent" && !strings.Contains(string(b), "health") && strings.Contains(string(group), "/"+netlab.Lab()+"-") {
 			ps["agent"], _ = strconv.Atoi(filepath.Base(filepath.Dir(p)))
 		}
 	}
