@@ -5,19 +5,21 @@
 //
 // # Memory
 //
-// Everything is bounded; the sums, with the defaults of Config:
+// Everything is bounded; with a limit L (Config.MemoryLimit), and the sums for a
+// pod of 512 MiB, where L is 460 MiB:
 //
 //   - an idle TCP connection: about 20 KB (two goroutines, a gVisor endpoint, a
 //     socket), and no copy buffer: bytes go from one side's queue to the other's
-//     without a stop between. MaxTCP of them: 320 MB; a pod with a smaller limit
-//     gets a smaller MaxTCP (see New).
-//   - a busy TCP connection: what its two gVisor queues hold, at most 4 MiB each.
-//     In all: governor keeps the heap below 60 % of the memory limit by taking
-//     queues down to 32 KiB each while it is above.
+//     without a stop between. MaxTCP of them, and at least 4 KiB of queue each
+//     way: two thirds of L, so 11,200 connections.
+//   - the queues of TCP connections: together at most L/5 (92 MiB), whatever
+//     their number; and no new connection while 3/4 of L are in use. See governor
+//     for why that is a bound and no estimate.
 //   - a UDP flow: 10 KB and at most 128 KiB queued each way; MaxUDP of them, the
-//     idlest gives way. At most 64 datagram buffers of 64 KiB are in use.
-//   - echo requests: 256 at once, 64 KiB each at most. DNS: 512 queries at once,
-//     64 KiB each at most, and 64 TCP connections.
+//     idlest gives way, and their number follows L. At most 64 datagram buffers of
+//     64 KiB are in use (4 MiB).
+//   - echo requests: 256 at once, 64 KiB each at most (16 MiB). DNS: 512 queries
+//     at once, 64 KiB each at most, and 64 TCP connections.
 //   - the queue to WireGuard: 1 MiB, 2 with control packets. What is inside
 //     WireGuard is bounded by carrier.Bind.
 //   - streams that have not introduced themselves: 16.
@@ -79,7 +81,7 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxTCP <= 0 {
 		// Idle connections may take two thirds of the memory.
-		c.MaxTCP = int(min(16384, max(256, c.MemoryLimit*2/3/connectionCost)))
+		c.MaxTCP = int(min(16384, max(256, c.MemoryLimit*2/3/(connectionCost+2*minQueue))))
 	}
 	if c.MaxUDP <= 0 {
 		c.MaxUDP = int(min(4096, max(128, c.MemoryLimit/10/connectionCost)))

@@ -8,36 +8,57 @@ import (
 	runtimemetrics "runtime/metrics"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // governor keeps the queues of all TCP connections together within the memory
-// limit. One connection may queue 4 MiB each way, which is what a fast one on a
-// long path needs; a thousand that stand still may not. Above 60 % of the limit
-// every connection's queues are taken down to 32 KiB (what is in them drains or
-// stays), below 40 % they grow again.
+// limit, by two rules:
+//
+//   - What all queues together may still grow by is a fifth of the limit, shared
+//     evenly. A connection alone may queue 4 MiB each way, which is what a fast
+//     one on a long path needs; with a thousand each has 32 KiB. The share follows
+//     the number of connections, and no queue takes more than its share; one that
+//     holds more already drains.
+//   - A new connection is refused, with a RST, while more than three quarters of
+//     the limit are in use.
+//
+// So the memory in use never exceeds 95 % of the limit: what was in use when
+// the last connection was admitted, and everybody's share.
 type governor struct {
 	node  *node
-	tight atomic.Bool
-	heap  []runtimemetrics.Sample
+	heap  []runtimemetrics.Sample // of run
 	limit int64
+	full  atomic.Bool // above three quarters
+
+	mu    sync.Mutex
+	share int64
 }
 
 const (
-	tightQueue = 32 << 10
-	looseQueue = 1 << 20
+	// minQueue is what any connection may queue each way: the least that gVisor
+	// takes. MaxTCP times it, twice, is within the shared fifth.
+	minQueue = 4 << 10
+	// startQueue is what a connection begins with where the share is larger; it
+	// grows with what is in flight.
+	startQueue = 1 << 20
+	maxQueue   = 4 << 20
 	// collectEvery bounds how often the governor collects garbage to see what is
-	// really in use.
-	collectEvery = 5 * time.Second
+	// really in use: often, since nobody is admitted meanwhile.
+	collectEvery = 500 * time.Millisecond
 )
 
 func newGovernor(n *node) *governor {
-	return &governor{
+	g := &governor{
 		node:  n,
-		heap:  []runtimemetrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
+		heap:  []runtimemetrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/stacks:bytes"}},
 		limit: n.agent.cfg.MemoryLimit,
 	}
+	return g
 }
 
 func (g *governor) run() {
@@ -50,45 +71,81 @@ func (g *governor) run() {
 			return
 		case <-t.C:
 		}
-		switch used := g.used(); {
-		case !g.tight.Load() && used > g.limit*6/10:
-			if time.Since(collected) > collectEvery {
-				collected = time.Now()
-				runtime.GC()
-				continue // and look again: most of it may have been garbage
-			}
-			g.set(true)
-		case g.tight.Load() && used < g.limit*4/10:
-			g.set(false)
+		full := g.used() > g.limit*3/4
+		if full && time.Since(collected) > collectEvery {
+			collected = time.Now()
+			runtime.GC() // most of it may have been garbage
+			full = g.used() > g.limit*3/4
 		}
+		if g.full.Swap(full) != full {
+			g.node.agent.log.Warn("memory", "full", full, "limit", g.limit)
+		}
+		g.fit(g.node.tcp.total())
 	}
 }
 
 func (g *governor) used() int64 {
 	runtimemetrics.Read(g.heap)
-	return int64(g.heap[0].Value.Uint64())
+	return int64(g.heap[0].Value.Uint64() + g.heap[1].Value.Uint64())
 }
 
-func (g *governor) set(tight bool) {
-	g.tight.Store(tight)
-	g.node.tcp.each(func(r *relay) { resize(r, tight) })
-	g.node.agent.log.Warn("memory pressure", "tight", tight, "limit", g.limit)
-}
+// admits tells whether there is memory for another connection.
+func (g *governor) admits() bool { return !g.full.Load() }
 
-// fit sizes the queues of a new connection.
-func (g *governor) fit(r *relay) {
-	if g.tight.Load() {
-		resize(r, true)
+// fit makes the share that of n connections: a power of two, so that it seldom
+// changes. A smaller share holds for everybody at once, a larger one when there
+// is twice the room.
+func (g *governor) fit(n int) {
+	share := shareOf(g.limit, n)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if share == g.share || share > g.share && g.share > 0 && shareOf(g.limit, n+n/4) < share {
+		return
+	}
+	before := g.share
+	g.share = share
+	// The maximum binds the stack's own tuning of connections that there are.
+	start := min(share, startQueue)
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: minQueue, Default: int(start), Max: int(share)}
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: minQueue, Default: int(start), Max: int(share)}
+	for _, option := range []tcpip.SettableTransportProtocolOption{&send, &receive} {
+		if err := g.node.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			g.node.agent.log.Warn("sharing memory", "error", err.String())
+		}
+	}
+	if share < before {
+		g.node.tcp.each(func(r *relay) { clamp(r, share) })
 	}
 }
 
-func resize(r *relay, tight bool) {
-	size := int64(looseQueue)
-	if tight {
-		size = tightQueue
+// clamp takes a connection's queues down to share. Without notice: the stack
+// would never tune them again.
+func clamp(r *relay, share int64) {
+	o := r.ep.SocketOptions()
+	if o.GetSendBufferSize() > share {
+		o.SetSendBufferSize(share, false)
 	}
-	r.ep.SocketOptions().SetSendBufferSize(size, true)
-	r.ep.SocketOptions().SetReceiveBufferSize(size, true)
+	if o.GetReceiveBufferSize() > share {
+		o.SetReceiveBufferSize(share, false)
+	}
+}
+
+// begin sizes the queues of a new connection.
+func (g *governor) begin(r *relay) {
+	g.mu.Lock()
+	share := g.share
+	g.mu.Unlock()
+	clamp(r, share)
+}
+
+// shareOf is the largest power of two that n connections may each queue in each
+// direction, in bytes.
+func shareOf(limit int64, n int) int64 {
+	share := int64(maxQueue)
+	for share > minQueue && share*2*int64(n) > limit/5 {
+		share /= 2
+	}
+	return share
 }
 
 // MemoryLimit is the memory limit of this process's cgroup, version 1 or 2, in

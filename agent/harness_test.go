@@ -136,6 +136,9 @@ func startAgent(t testing.TB, c Config, edit func(*timing)) *Agent {
 	t.Helper()
 	needRoot(t)
 	c.ControlAddr, c.MetricsAddr = freeAddr(t), freeAddr(t)
+	if c.MemoryLimit == 0 {
+		c.MemoryLimit = 8 << 30 // the client and the targets live in this process too
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.NewTextHandler(testWriter{t}, nil))
 	}

@@ -98,6 +98,7 @@ func (n *node) start() error {
 		}
 	}
 	n.gov = newGovernor(n)
+	n.gov.fit(0)
 	n.tcp = newTCPForwarder(n)
 	n.udp = newUDPForwarder(n)
 	n.echo = newEchoForwarder(n)

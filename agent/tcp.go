@@ -34,10 +34,17 @@ type tcpForwarder struct {
 	dialer  net.Dialer
 
 	mu      sync.Mutex
-	dialing map[stack.TransportEndpointID]header.TCP // and the SYN's header
+	dialing map[stack.TransportEndpointID]*dialling
 	perAddr map[tcpip.Address]int
 	relays  map[*relay]struct{}
 	closed  bool
+}
+
+// dialling is a connection whose target has not answered.
+type dialling struct {
+	syn    header.TCP
+	ctx    context.Context
+	cancel context.CancelFunc // the client went away
 }
 
 func newTCPForwarder(n *node) *tcpForwarder {
@@ -49,7 +56,7 @@ func newTCPForwarder(n *node) *tcpForwarder {
 				Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4,
 			},
 		},
-		dialing: map[stack.TransportEndpointID]header.TCP{},
+		dialing: map[stack.TransportEndpointID]*dialling{},
 		perAddr: map[tcpip.Address]int{},
 		relays:  map[*relay]struct{}{},
 	}
@@ -65,6 +72,9 @@ func newTCPForwarder(n *node) *tcpForwarder {
 func (f *tcpForwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if len(h) < header.TCPMinimumSize || h.Flags()&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn {
+		if len(h) >= header.TCPMinimumSize && h.Flags()&(header.TCPFlagRst|header.TCPFlagFin) != 0 {
+			f.clientLeft(id)
+		}
 		return f.forward.HandlePacket(id, pkt)
 	}
 	if !f.node.targets.allows(netipAddr(id.LocalAddress), id.LocalPort) {
@@ -76,12 +86,15 @@ func (f *tcpForwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		f.mu.Unlock()
 		return true
 	}
-	if len(f.dialing)+len(f.relays) >= f.node.agent.cfg.MaxTCP {
+	n := len(f.dialing) + len(f.relays)
+	if n >= f.node.agent.cfg.MaxTCP || !f.node.gov.admits() {
 		f.mu.Unlock()
 		f.node.agent.metrics.refused("tcp")
 		return false
 	}
-	f.dialing[id] = append(header.TCP(nil), h[:header.TCPMinimumSize]...)
+	d := &dialling{syn: append(header.TCP(nil), h[:header.TCPMinimumSize]...)}
+	d.ctx, d.cancel = context.WithCancel(f.node.ctx)
+	f.dialing[id] = d
 	f.perAddr[id.LocalAddress]++
 	f.node.wg.Add(1) // for accept; closed is false, so close has not waited yet
 	f.mu.Unlock()
@@ -93,24 +106,41 @@ func (f *tcpForwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	return true
 }
 
+// clientLeft ends the dial for a client that gave up before its target answered
+// and said so. Linux leaves SYN-SENT without a word; other stacks send a RST.
+func (f *tcpForwarder) clientLeft(id stack.TransportEndpointID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if d := f.dialing[id]; d != nil {
+		d.cancel()
+	}
+}
+
 // dialed forgets that id is being dialled and returns its SYN.
 func (f *tcpForwarder) dialed(id stack.TransportEndpointID) header.TCP {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	syn := f.dialing[id]
+	d := f.dialing[id]
+	d.cancel()
 	delete(f.dialing, id)
 	if f.perAddr[id.LocalAddress]--; f.perAddr[id.LocalAddress] <= 0 {
 		delete(f.perAddr, id.LocalAddress)
 	}
-	return syn
+	return d.syn
 }
 
 // accept dials the target of one SYN and answers it; a goroutine of its own.
 func (f *tcpForwarder) accept(r *tcp.ForwarderRequest) {
 	defer f.node.wg.Done()
 	id := r.ID()
+	f.mu.Lock()
+	ctx := f.dialing[id].ctx
+	f.mu.Unlock()
+	// Here, and not in handle: it takes the locks of endpoints, which may be held
+	// by senders who wait for the queue.
+	f.node.gov.fit(f.total())
 	target := netip.AddrPortFrom(netipAddr(id.LocalAddress), id.LocalPort)
-	conn, err := f.dialer.DialContext(f.node.ctx, "tcp", target.String())
+	conn, err := f.dialer.DialContext(ctx, "tcp", target.String())
 	if err != nil {
 		f.node.agent.metrics.dialFailed(err)
 		syn := f.dialed(id)
@@ -149,7 +179,7 @@ func (f *tcpForwarder) start(r *relay) {
 		return
 	}
 	f.node.agent.metrics.tcpTotal.Inc()
-	f.node.gov.fit(r)
+	f.node.gov.begin(r)
 	r.start()
 }
 
@@ -166,6 +196,12 @@ func (f *tcpForwarder) counts() (open, dialing int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return len(f.relays), len(f.dialing)
+}
+
+// total is the number of connections, answered or not.
+func (f *tcpForwarder) total() int {
+	open, dialing := f.counts()
+	return open + dialing
 }
 
 func (f *tcpForwarder) each(do func(*relay)) {

@@ -295,19 +295,6 @@ func TestStuckConnectionsHoldNobody(t *testing.T) {
 	}
 }
 
-func TestMemoryPressureShrinksQueues(t *testing.T) {
-	a := startAgent(t, Config{MemoryLimit: 1 << 20}, func(x *timing) { x.governor = 5 * time.Millisecond })
-	c := connect(t, a, true)
-	conn := c.mustTCP(serve(t, target, echoTCP))
-	eventually(t, "the governor is tight", func() bool { return a.node().gov.tight.Load() })
-	a.node().tcp.each(func(r *relay) {
-		if n := r.ep.SocketOptions().GetSendBufferSize(); n > 2*tightQueue {
-			t.Errorf("the send queue may hold %d bytes", n)
-		}
-	})
-	checkEcho(t, conn)
-}
-
 func checkEcho(t *testing.T, conn *gonet.TCPConn) {
 	t.Helper()
 	sent := make([]byte, 1<<20)

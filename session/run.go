@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/daemon/link"
+	"github.com/culvert-dev/culvert/wire/netstack"
 )
 
 // cleanupTime bounds what a session does in the cluster after it was told to
@@ -61,6 +62,7 @@ func Run(ctx context.Context) error {
 		level = slog.LevelDebug
 	}
 	s.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	netstack.LogTo(s.log)
 	s.log.Info("session starts", "id", start.ID, "uid", os.Getuid(), "restart", start.Restart)
 
 	ctx, cancel := context.WithCancelCause(ctx)

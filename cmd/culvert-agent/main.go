@@ -24,6 +24,7 @@ import (
 	"github.com/culvert-dev/culvert/agent"
 	"github.com/culvert-dev/culvert/internal/version"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/netstack"
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Stderr)) }
@@ -76,6 +77,8 @@ func serve(args []string, stderr io.Writer) int {
 	}
 	c.Log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 
+	netstack.LogTo(c.Log)
+
 	// Go collects garbage harder near its limit; the kernel kills at the cgroup's.
 	// The tenth between them is for stacks of the kernel and sockets.
 	if limit, ok := agent.MemoryLimit(); ok {
@@ -105,12 +108,25 @@ func health(args []string, stderr io.Writer) int {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 	defer cancel()
-	if err := agent.CheckHealth(ctx, *addr, *ready); err != nil {
+	err := agent.CheckHealth(ctx, *addr, *ready)
+	if *ready {
+		// An agent that has just been started listens in a moment, and the kubelet
+		// asks again only after a whole period.
+		for end := time.Now().Add(readyWait); err != nil && time.Now().Before(end) && ctx.Err() == nil; {
+			time.Sleep(readyEvery)
+			err = agent.CheckHealth(ctx, *addr, true)
+		}
+	}
+	if err != nil {
 		fmt.Fprintln(stderr, "culvert-agent:", err)
 		return 1
 	}
 	return 0
 }
+
+// How long a readiness probe waits for an agent that does not listen yet: less
+// than the probe's period (2 s), and often enough that nobody feels it.
+const readyWait, readyEvery = 1500 * time.Millisecond, 20 * time.Millisecond
 
 func metricsAddr() string { return fmt.Sprintf("127.0.0.1:%d", carrier.MetricsPort) }
 
