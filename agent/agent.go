@@ -22,7 +22,8 @@
 //     at once, 64 KiB each at most, and 64 TCP connections.
 //   - the queue to WireGuard: 1 MiB, 2 with control packets. What is inside
 //     WireGuard is bounded by carrier.Bind.
-//   - streams that have not introduced themselves: 16.
+//   - streams that have not introduced themselves: 16, and as many at the port for
+//     pods/proxy that have not proved themselves.
 package agent
 
 import (
@@ -50,6 +51,9 @@ type Config struct {
 	ControlAddr string
 	// MetricsAddr serves /metrics, /healthz and /readyz: 127.0.0.1:7532.
 	MetricsAddr string
+	// ProxyPort is where the API server's pods/proxy arrives, on PodIPs, once a
+	// session was introduced: 7533. Negative: nowhere.
+	ProxyPort int
 	// ResolvConf is the path of the pod's resolver settings: /etc/resolv.conf.
 	ResolvConf string
 	// PodIPs are the pod's own addresses; those of the interfaces if empty.
@@ -72,6 +76,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MetricsAddr == "" {
 		c.MetricsAddr = fmt.Sprintf("127.0.0.1:%d", carrier.MetricsPort)
+	}
+	if c.ProxyPort == 0 {
+		c.ProxyPort = carrier.ProxyPort
 	}
 	if c.ResolvConf == "" {
 		c.ResolvConf = "/etc/resolv.conf"
@@ -100,6 +107,7 @@ type timing struct {
 	echo     time.Duration // wait for a reply to one echo request
 	dnsTry   time.Duration // wait for one nameserver
 	hello    time.Duration // for a new stream to introduce itself
+	proof    time.Duration // for a stream of pods/proxy to prove itself
 	sweep    time.Duration // between two looks for idle UDP flows
 	governor time.Duration // between two looks at the heap
 }
@@ -112,6 +120,7 @@ func defaultTiming() timing {
 		echo:     10 * time.Second,
 		dnsTry:   2 * time.Second,
 		hello:    10 * time.Second,
+		proof:    5 * time.Second,
 		sweep:    2 * time.Second,
 		governor: 100 * time.Millisecond,
 	}

@@ -184,6 +184,9 @@ func (a *Agent) welcome(n *node) carrier.Welcome {
 		ResolvConf: a.resolvConf(),
 		PodIPs:     a.cfg.PodIPs,
 	}
+	if n.proxy != nil {
+		w.ProxySecret, w.ProxyPort = n.proxy.current(), a.cfg.ProxyPort
+	}
 	if n.gso {
 		w.Features = append(w.Features, carrier.FeatureGSO)
 	}

@@ -41,6 +41,8 @@ type node struct {
 	dns  *dnsRelay
 	gov  *governor
 
+	proxy *proxyDoor // nil if there is none
+
 	allowed []netip.Prefix // addresses of the peer
 	turn    atomic.Uint64  // counts peers
 
@@ -111,6 +113,7 @@ func (n *node) start() error {
 		return fmt.Errorf("starting WireGuard: %w", err)
 	}
 	n.tunnel = t
+	n.proxy = n.agent.openProxy(n)
 	n.spawn(n.gov.run)
 	n.spawn(n.udp.sweep)
 	return nil
@@ -134,6 +137,9 @@ const handshakeWait = 3 * time.Second
 // packets wait: they would begin another one from this end, and when two cross
 // both are lost.
 func (n *node) setPeer(key wire.Key) error {
+	if n.proxy != nil {
+		n.proxy.renew()
+	}
 	n.endpoint.Hold(true)
 	if err := n.tunnel.SetPeer(key, n.allowed); err != nil {
 		n.endpoint.Hold(false)
@@ -184,6 +190,9 @@ func (n *node) dialSession(ctx context.Context, port uint16) (net.Conn, error) {
 func (n *node) close() {
 	n.once.Do(func() {
 		n.cancel()
+		if n.proxy != nil {
+			n.proxy.close()
+		}
 		n.endpoint.Close()
 		if n.tunnel != nil {
 			n.tunnel.Close()

@@ -32,6 +32,9 @@ func newTargets(cfg Config, h carrier.Hello) *targets {
 			}
 		}
 	}
+	if cfg.ProxyPort > 0 {
+		t.podPorts = append(t.podPorts, uint16(cfg.ProxyPort))
+	}
 	return t
 }
 

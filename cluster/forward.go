@@ -123,7 +123,7 @@ func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (conn net.Conn,
 		return nil, err
 	}
 	if u.conn == nil {
-		return nil, newRefusal(resp)
+		return nil, newRefusal(resp, "port-forward")
 	}
 	return openStream(u.conn, u.abort, p.port)
 }
@@ -235,6 +235,13 @@ func (u *upgrade) webSocket(req *http.Request) (*http.Response, error) {
 
 // spdy upgrades to bare SPDY.
 func (u *upgrade) spdy(req *http.Request) (*http.Response, error) {
+	req.Header.Set("Upgrade", "SPDY/3.1")
+	req.Header.Set("X-Stream-Protocol-Version", portForwardProtocol)
+	return u.upgrade(req)
+}
+
+// upgrade sends the request as an HTTP/1.1 upgrade to what its header says.
+func (u *upgrade) upgrade(req *http.Request) (*http.Response, error) {
 	t := &http.Transport{
 		DialContext:     u.dialTCP,
 		Proxy:           u.proxy,
@@ -242,8 +249,6 @@ func (u *upgrade) spdy(req *http.Request) (*http.Response, error) {
 		TLSNextProto:    map[string]func(string, *tls.Conn) http.RoundTripper{}, // no HTTP/2
 	}
 	req.Header.Set("Connection", "Upgrade")
-	req.Header.Set("Upgrade", "SPDY/3.1")
-	req.Header.Set("X-Stream-Protocol-Version", portForwardProtocol)
 	// The request's context ends with the dial; the connection must not.
 	resp, err := t.RoundTrip(req.WithContext(context.WithoutCancel(req.Context())))
 	if err != nil {
@@ -341,7 +346,8 @@ func (r *refusal) final() bool {
 	return r.code == http.StatusUnauthorized || r.code == http.StatusNotFound
 }
 
-func newRefusal(resp *http.Response) error {
+// newRefusal reads an answer other than the upgrade to verb.
+func newRefusal(resp *http.Response, verb string) error {
 	defer resp.Body.Close()
 	r := &refusal{code: resp.StatusCode}
 	if r.code == http.StatusSwitchingProtocols {
@@ -356,6 +362,6 @@ func newRefusal(resp *http.Response) error {
 	}
 	// Plain text, from a proxy or an older server.
 	text := firstOf(strings.TrimSpace(string(body)), resp.Status)
-	r.cause = apierrors.NewGenericServerResponse(resp.StatusCode, "port-forward", schema.GroupResource{Resource: "pods"}, "", text, 0, true)
+	r.cause = apierrors.NewGenericServerResponse(resp.StatusCode, verb, schema.GroupResource{Resource: "pods"}, "", text, 0, true)
 	return r
 }

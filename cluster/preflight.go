@@ -61,6 +61,7 @@ func (c *Cluster) checks() []Check {
 	} {
 		all = append(all, some...)
 	}
+	all = append(all, newCheck("get", "", "pods", "proxy", ns, false, "without it the tunnel stays on port-forward, which is slower"))
 	// The WebSocket form is a GET, which older servers authorize as "get";
 	// without it SPDY is used.
 	return append(all, newCheck("get", "", "pods", "portforward", ns, false, "without it the tunnel uses SPDY instead of WebSocket"))

@@ -44,6 +44,7 @@ type Options struct {
 	ServiceAccount   string            `json:"serviceAccount,omitempty"` // the pod's; its token is never mounted
 	PodQuota         string            `json:"podQuota,omitempty"`       // "0.5c,512m": CPU and memory, requests and limits
 
+	Carrier       string        `json:"carrier,omitempty"`       // auto (default), port-forward or pods-proxy
 	ClusterDomain string        `json:"clusterDomain,omitempty"` // empty: what the agent's resolv.conf says
 	DNS           string        `json:"dns,omitempty"`           // auto (default), resolved, resolvconf or none
 	Timeout       time.Duration `json:"timeout,omitempty"`       // until connected; 0: 60 s
@@ -126,12 +127,30 @@ type AgentStatus struct {
 
 // CarrierStatus is the path that encrypted packets take.
 type CarrierStatus struct {
-	Name     string        `json:"name,omitempty"` // port-forward (WebSocket), port-forward (SPDY)
+	Name     string        `json:"name,omitempty"` // pods/proxy, port-forward (WebSocket), port-forward (SPDY)
 	RTT      time.Duration `json:"rtt,omitempty"`  // last in-band ping, nanoseconds
 	Redials  int           `json:"redials"`
 	Sent     uint64        `json:"sent"`     // bytes of encrypted packets
 	Received uint64        `json:"received"` // bytes of encrypted packets
+	// SentRate and ReceivedRate are bytes per second, over the last few seconds.
+	SentRate     uint64 `json:"sentRate"`
+	ReceivedRate uint64 `json:"receivedRate"`
+	// Others are the carriers that are not in use.
+	Others []OtherCarrier `json:"others,omitempty"`
 }
+
+// OtherCarrier is a carrier that could be used, and why it is not.
+type OtherCarrier struct {
+	Name   string `json:"name"`
+	Reason string `json:"reason"`
+}
+
+// What Options.Carrier may be, beside "".
+const (
+	CarrierAuto        = "auto"
+	CarrierPortForward = "port-forward"
+	CarrierPodsProxy   = "pods-proxy"
+)
 
 // Event is one line of the connect and watch streams.
 type Event struct {

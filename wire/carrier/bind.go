@@ -30,6 +30,9 @@ const (
 	// sendWait is how long a batch waits for a stream when there is none and
 	// BindConfig.Hold is over: a redial takes about a second. Then it is dropped.
 	sendWait = time.Second
+	// drainFor is how long what is under way in a stream may take to arrive after
+	// Move replaced it: as much as a socket holds, on a slow path.
+	drainFor = 2 * time.Second
 )
 
 // BindConfig tunes a Bind; the zero value is right.
@@ -84,6 +87,7 @@ type Bind struct {
 	shut    bool          // for good
 	closed  chan struct{} // of the present opening; nil while closed
 	cur     *Stream       // may have ended
+	old     *Stream       // the one before cur, while frames may still come out of it
 	changed chan struct{} // closed when cur changes
 }
 
@@ -106,21 +110,49 @@ func NewBind(cfg BindConfig) *Bind {
 // Attach makes s the stream in use and ends the one before it. The Bind owns s:
 // it ends it when it closes. A Bind that was shut down ends s at once.
 func (b *Bind) Attach(s *Stream) {
-	b.mu.Lock()
-	if b.shut {
-		b.mu.Unlock()
-		s.end(net.ErrClosed, "")
-		return
+	for _, old := range b.replace(s, false) {
+		old.end(ErrReplaced, ErrReplaced.Error())
 	}
-	old := b.cur
+}
+
+// Move is Attach when both ends know that the stream before s still works: what
+// is under way in it arrives first, in order and without loss. The other end has
+// to Move as well. It is ended when 2 s have passed.
+func (b *Bind) Move(s *Stream) {
+	for _, old := range b.replace(s, true) {
+		if old.Err() == nil {
+			go old.move() // which may have to wait for a write
+		}
+		time.AfterFunc(drainFor, func() { old.end(ErrReplaced, ErrReplaced.Error()) })
+	}
+}
+
+// replace makes s the stream in use and returns those that are not any more.
+func (b *Bind) replace(s *Stream, drain bool) (gone []*Stream) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.shut {
+		s.end(net.ErrClosed, "")
+		return nil
+	}
+	if b.cur == s {
+		return nil
+	}
+	if b.old != nil {
+		b.old.end(ErrReplaced, ErrReplaced.Error())
+		b.old = nil
+	}
+	if b.cur != nil {
+		gone = append(gone, b.cur)
+		if drain {
+			b.old = b.cur
+		}
+	}
 	b.cur = s
 	close(b.changed)
 	b.changed = make(chan struct{})
-	b.mu.Unlock()
 	b.streams.Add(1)
-	if old != nil && old != s {
-		old.end(ErrReplaced, ErrReplaced.Error())
-	}
+	return gone
 }
 
 // Stream is the attached stream, nil when none is or it has ended.
@@ -191,11 +223,13 @@ func (b *Bind) close(force bool) error {
 		close(b.closed)
 		b.closed = nil
 	}
-	s := b.cur
-	b.cur = nil
+	open := []*Stream{b.old, b.cur}
+	b.old, b.cur = nil, nil
 	b.mu.Unlock()
-	if s != nil {
-		s.end(net.ErrClosed, "bind closed")
+	for _, s := range open {
+		if s != nil {
+			s.end(net.ErrClosed, "bind closed")
+		}
 	}
 	return nil
 }
@@ -235,6 +269,23 @@ func (b *Bind) patience() time.Duration {
 	return max(sendWait, b.hold-time.Since(s.ended))
 }
 
+// source returns the stream to read: the old one as long as there may be
+// something in it, then the one in use; else what to wait for.
+func (b *Bind) source() (s *Stream, changed <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.old != nil && (b.old.Err() != nil || b.old.drained.Load()) {
+		b.old = nil
+	}
+	switch {
+	case b.old != nil:
+		s = b.old
+	case b.cur != nil && b.cur.Err() == nil && !b.cur.drained.Load():
+		s = b.cur
+	}
+	return s, b.changed
+}
+
 // Send implements conn.Bind. It blocks as long as the carrier pushes back, but
 // not longer than the stream or the Bind lives. Packets without a stream are
 // dropped after a while (see BindConfig.Hold), which is no error: IP promises no delivery.
@@ -262,16 +313,27 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		case <-limit.C:
 		}
 	}
-	if s == nil || s.write(msgs) != nil {
-		b.dropped.Add(uint64(len(msgs)))
-		return nil
+	written := 0
+	for s != nil && written < len(msgs) {
+		n, err := s.write(msgs[written:])
+		written += n
+		if err != errMoved {
+			break
+		}
+		s, _, _ = b.live() // Move put another one in its place before that
+	}
+	if lost := len(msgs) - written; lost > 0 {
+		b.dropped.Add(uint64(lost))
+		if written == 0 {
+			return nil
+		}
 	}
 	total := 0
-	for _, m := range msgs {
+	for _, m := range msgs[:written] {
 		total += len(m)
 	}
 	b.sent.Add(uint64(total))
-	b.sentPkts.Add(uint64(len(msgs)))
+	b.sentPkts.Add(uint64(written))
 	return nil
 }
 
@@ -291,7 +353,7 @@ func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps [
 			return 0, net.ErrClosed
 		default:
 		}
-		s, changed, _ := b.live()
+		s, changed := b.source()
 		if s == nil {
 			select {
 			case <-closed:
@@ -301,7 +363,7 @@ func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps [
 		}
 		n, err := s.read(msgs[:k], sizes)
 		if n == 0 && err != nil {
-			continue // the stream has ended: the next one
+			continue // the stream has ended, or moved: the next one
 		}
 		if n == 0 {
 			continue

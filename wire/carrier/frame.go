@@ -16,6 +16,7 @@ const (
 	framePing    = 4 // 8 bytes that the pong repeats
 	framePong    = 5
 	frameClose   = 6 // the sender ends the stream; the body says why, for people
+	frameMoved   = 9 // the sender's last frame here: it goes on in another stream
 
 	headerLen = 4
 )
@@ -33,6 +34,8 @@ const (
 	// since it can only be an error or an attack.
 	maxKnown = 64 << 10
 )
+
+func known(typ byte) bool { return typ >= frameData && typ <= frameClose || typ == frameMoved }
 
 func appendHeader(b []byte, typ byte, n int) []byte {
 	return append(b, typ, byte(n>>16), byte(n>>8), byte(n))
@@ -69,7 +72,7 @@ func (f *frameReader) next() (typ byte, body []byte, ok bool, err error) {
 		}
 		h := binary.BigEndian.Uint32(f.buf[f.r:])
 		typ, n := byte(h>>24), int(h&0xffffff)
-		if typ < frameData || typ > frameClose {
+		if !known(typ) {
 			f.r += headerLen
 			f.skip = n
 			continue

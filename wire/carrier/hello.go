@@ -50,6 +50,11 @@ type Welcome struct {
 	ResolvConf string       `json:"resolvConf"` // the pod's /etc/resolv.conf
 	PodIPs     []netip.Addr `json:"podIPs,omitempty"`
 	Features   []string     `json:"features,omitempty"`
+	// ProxySecret and ProxyPort are what the session proves at the agent's second
+	// listener, see Prove; without them there is none. The secret lasts as long as
+	// the session's PublicKey.
+	ProxySecret []byte `json:"proxySecret,omitempty"`
+	ProxyPort   int    `json:"proxyPort,omitempty"`
 	// Error refuses the session, e.g. "protocol 2 is not mine (1)"; then the
 	// other fields but Protocol and Version are empty.
 	Error string `json:"error,omitempty"`

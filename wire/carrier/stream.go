@@ -43,6 +43,8 @@ const (
 var (
 	ErrSilent   = errors.New("the other end was silent")
 	ErrReplaced = errors.New("replaced by another stream")
+
+	errMoved = errors.New("the sender goes on in another stream")
 )
 
 // ClosedError is the reason that the other end gave for ending a stream.
@@ -66,10 +68,12 @@ type Stream struct {
 	c       net.Conn
 	started time.Time
 
-	in frameReader // of the one goroutine that reads
+	in      frameReader // of the one goroutine that reads
+	drained atomic.Bool // the other end sends nothing more here
 
-	wmu sync.Mutex // guards writes to c
-	out []byte
+	wmu   sync.Mutex // guards writes to c
+	out   []byte
+	moved bool // we send nothing more here
 
 	once   sync.Once
 	done   chan struct{}
@@ -293,27 +297,43 @@ func (s *Stream) flush() error {
 	return err
 }
 
-// write sends messages, blocking as long as the carrier pushes back. A frame
-// that is half written when the stream ends dies with it.
-func (s *Stream) write(msgs [][]byte) error {
+// move says that nothing more is sent here, after what is being written.
+func (s *Stream) move() {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
+	s.out = appendFrame(s.out[:0], frameMoved, nil)
+	if s.flush() == nil {
+		s.moved = true
+	}
+}
+
+// write sends messages, blocking as long as the carrier pushes back, and returns
+// how many. A frame that is half written when the stream ends dies with it. The
+// error is errMoved if the rest belongs into another stream.
+func (s *Stream) write(msgs [][]byte) (int, error) {
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	written := 0
 	for i, m := range msgs {
+		if s.moved {
+			return written, errMoved
+		}
 		s.out = append(appendHeader(s.out, frameData, len(m)), m...)
 		last := i == len(msgs)-1
 		if !last && len(s.out)+headerLen+len(msgs[i+1]) <= writeChunk {
 			continue
 		}
 		if err := s.flush(); err != nil {
-			return err
+			return written, err
 		}
+		written = i + 1
 		if !last {
 			// Let a waiting handshake or pong in between.
 			s.wmu.Unlock()
 			s.wmu.Lock()
 		}
 	}
-	return nil
+	return written, nil
 }
 
 // read waits for messages and returns all that are there, at least one. Only
@@ -348,6 +368,9 @@ func (s *Stream) read(msgs [][]byte, sizes []int) (int, error) {
 		case <-s.done:
 			return 0, s.err
 		default:
+		}
+		if s.drained.Load() {
+			return 0, errMoved
 		}
 		before := s.in.w - s.in.r
 		s.waiting.Store(int64(max(time.Since(s.started), 1)))
@@ -388,6 +411,9 @@ func (s *Stream) control(typ byte, body []byte) error {
 		err := &ClosedError{Reason: printable(body)}
 		s.end(err, "")
 		return err
+	case frameMoved:
+		s.drained.Store(true)
+		return errMoved
 	}
 	return nil // a second introduction means nothing
 }
