@@ -237,11 +237,11 @@ func (u *upgrade) webSocket(req *http.Request) (*http.Response, error) {
 func (u *upgrade) spdy(req *http.Request) (*http.Response, error) {
 	req.Header.Set("Upgrade", "SPDY/3.1")
 	req.Header.Set("X-Stream-Protocol-Version", portForwardProtocol)
-	return u.upgrade(req)
+	return u.send(req)
 }
 
-// upgrade sends the request as an HTTP/1.1 upgrade to what its header says.
-func (u *upgrade) upgrade(req *http.Request) (*http.Response, error) {
+// send makes the request an HTTP/1.1 upgrade to what its header names.
+func (u *upgrade) send(req *http.Request) (*http.Response, error) {
 	t := &http.Transport{
 		DialContext:     u.dialTCP,
 		Proxy:           u.proxy,

@@ -59,7 +59,7 @@ func (p *PodProxy) Dial(ctx context.Context) (net.Conn, error) {
 }
 
 func (p *PodProxy) dial(ctx context.Context) (conn net.Conn, err error) {
-	u, err := p.cluster.newUpgrade(ctx, (*upgrade).raw)
+	u, err := p.cluster.newUpgrade(ctx, (*upgrade).bytes)
 	if err != nil {
 		return nil, err
 	}
@@ -90,10 +90,10 @@ func (p *PodProxy) dial(ctx context.Context) (conn net.Conn, err error) {
 	return &rawConn{Conn: u.conn, abort: u.abort}, nil
 }
 
-// raw upgrades to bytes that mean nothing to anybody between the two ends.
-func (u *upgrade) raw(req *http.Request) (*http.Response, error) {
+// bytes upgrades to bytes that mean nothing to anybody between the two ends.
+func (u *upgrade) bytes(req *http.Request) (*http.Response, error) {
 	req.Header.Set("Upgrade", carrier.ProxyUpgrade)
-	return u.upgrade(req)
+	return u.send(req)
 }
 
 // rawConn is closed below TLS: nothing waits for a lock or for the other side.
@@ -101,6 +101,9 @@ type rawConn struct {
 	net.Conn
 	abort func()
 }
+
+// NetConn is the connection below, for who wants to know its state.
+func (c *rawConn) NetConn() net.Conn { return c.Conn }
 
 func (c *rawConn) Close() error {
 	c.abort()

@@ -100,6 +100,8 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		s.redials++
 	}
 	s.stream, s.carrier = stream, a.name
+	s.introduced = introduction{agent: *agent, stream: stream, secret: welcome.ProxySecret, port: welcome.ProxyPort}
+	met := s.introduced
 	newPeer := s.peer != welcome.PublicKey
 	s.peer = welcome.PublicKey
 	tunnel, bind := s.tunnel, s.bind
@@ -121,6 +123,13 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		return err
 	}
 	s.log.Info("carrier up", "carrier", a.name, "pod", agent.Pod, "agent version", welcome.Version)
+	if s.options.Carrier == api.CarrierPodsProxy {
+		if _, err := s.useProxy(ctx, met); err != nil {
+			stream.Close()
+			return pinnedError(err)
+		}
+	}
+	wake(s.met)
 	s.status.update(func(st *api.Session) {
 		st.Agent = api.AgentStatus{Namespace: agent.Namespace, Pod: agent.Pod, Node: agent.Node, Image: agent.Image, Version: welcome.Version}
 	})
@@ -151,7 +160,15 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 			select {
 			case <-ctx.Done():
 				return nil
+			case <-s.switched:
+				continue
 			case <-stream.Done():
+			}
+			s.mu.Lock()
+			replaced := s.stream != stream
+			s.mu.Unlock()
+			if replaced {
+				continue
 			}
 			down = time.Now()
 			s.log.Info("carrier down", "err", stream.Err())
@@ -272,7 +289,7 @@ func cause(err error) string {
 func (s *Session) carrierStatus() api.CarrierStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c := api.CarrierStatus{Name: s.carrier, Redials: s.redials}
+	c := api.CarrierStatus{Name: s.carrier, Redials: s.redials, Others: s.otherCarriers()}
 	if s.stream != nil {
 		c.RTT = s.stream.RTT()
 	}

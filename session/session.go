@@ -59,6 +59,12 @@ type Session struct {
 	peer       string         // the agent's public key that the tunnel has
 	agent      *cluster.Agent // as last found, or nil
 
+	introduced  introduction // by the last port-forward
+	proxyReason string       // why pods/proxy is not in use; empty: not known yet
+
+	met      chan struct{} // capacity 1: introduced was set
+	switched chan struct{} // capacity 1: stream was replaced while it lived
+
 	loops sync.WaitGroup
 }
 
@@ -72,7 +78,8 @@ type remembered struct {
 }
 
 func newSession(conn *link.Conn) *Session {
-	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1)}
+	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1),
+		met: make(chan struct{}, 1), switched: make(chan struct{}, 1)}
 	s.status = &status{conn: conn}
 	s.network.session = s
 	s.names.session = s
@@ -119,6 +126,7 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 		}
 	})
 	s.loops.Go(func() { s.doubtLoop(ctx) })
+	s.loops.Go(func() { s.betterLoop(ctx) })
 	s.loops.Go(func() { s.rangesLoop(ctx) })
 	s.loops.Go(func() { s.removeStale(ctx) })
 	s.loops.Go(func() { s.network.loop(ctx) })

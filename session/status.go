@@ -69,13 +69,18 @@ const trafficEvery = 5 * time.Second
 func (s *Session) statusLoop(ctx context.Context) {
 	tick := time.NewTicker(trafficEvery)
 	defer tick.Stop()
+	last, at := s.carrierStatus(), time.Now()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		c := s.carrierStatus()
+		c, now := s.carrierStatus(), time.Now()
+		over := now.Sub(at).Seconds()
+		c.SentRate = uint64(float64(c.Sent-last.Sent) / over)
+		c.ReceivedRate = uint64(float64(c.Received-last.Received) / over)
+		last, at = c, now
 		s.status.update(func(st *api.Session) { st.Carrier = c })
 	}
 }

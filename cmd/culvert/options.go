@@ -21,6 +21,7 @@ import (
 
 var (
 	dnsModes     = []string{"auto", "resolved", "resolvconf", "none"}
+	carriers     = []string{api.CarrierAuto, api.CarrierPortForward, api.CarrierPodsProxy}
 	pullPolicies = []string{"Always", "IfNotPresent", "Never"}
 )
 
@@ -45,6 +46,7 @@ type optionFlags struct {
 	podQuota         string
 	clusterDomain    string
 	dns              string
+	carrier          string
 	timeout          seconds
 
 	kt []*ktValue
@@ -65,6 +67,7 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 	f.StringVar(&o.podQuota, "pod-quota", "", "CPU and memory of the agent's pod, as in `0.5c,512m`")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "", "domain of the cluster's names (default: what its pods use)")
 	f.StringVar(&o.dns, "dns", "", "how names get resolved: auto, resolved, resolvconf or none (default auto)")
+	f.StringVar(&o.carrier, "carrier", "", "the packets' way to the agent: auto (the best that works), port-forward or pods-proxy (default auto)")
 	f.Var(&o.timeout, "timeout", "how long connecting may take (default 60s)")
 	for _, name := range []string{"node-selector", "labels", "annotations"} {
 		f.Lookup(name).DefValue = "" // else help says (default [])
@@ -72,6 +75,7 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 	o.kt = addKt(f)
 
 	complete(cmd, "dns", fixedCompletion(dnsModes...))
+	complete(cmd, "carrier", fixedCompletion(carriers...))
 	complete(cmd, "image-pull-policy", fixedCompletion(pullPolicies...))
 	for _, free := range []string{"exclude-ips", "include-ips", "image", "image-pull-secret", "node-selector", "labels", "annotations", "service-account", "pod-quota", "cluster-domain", "timeout"} {
 		complete(cmd, free, fixedCompletion())
@@ -101,6 +105,9 @@ func (a *app) options(o *optionFlags) (api.Options, error) {
 		ClusterDomain: strings.Trim(o.clusterDomain, "."), Timeout: time.Duration(o.timeout), Debug: a.debug,
 	}
 	if opts.DNS, err = oneOf("--dns", o.dns, dnsModes); err != nil {
+		return opts, err
+	}
+	if opts.Carrier, err = oneOf("--carrier", o.carrier, carriers); err != nil {
 		return opts, err
 	}
 	if opts.ImagePullPolicy, err = oneOf("--image-pull-policy", o.pullPolicy, pullPolicies); err != nil {

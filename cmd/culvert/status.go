@@ -129,7 +129,10 @@ func printSession(w io.Writer, s api.Session) {
 	}
 	t.row("  agent", agentText(s.Agent))
 	t.row("  image", strings.TrimSpace(s.Agent.Image+" "+s.Agent.Version))
-	t.row("  carrier", fmt.Sprintf("%s, redialled %d times, %s sent, %s received", or(s.Carrier.Name, "none"), s.Carrier.Redials, bytesText(s.Carrier.Sent), bytesText(s.Carrier.Received)))
+	t.row("  carrier", carrierText(s.Carrier))
+	for _, o := range s.Carrier.Others {
+		t.row("  not used", fmt.Sprintf("%s: %s", o.Name, o.Reason))
+	}
 	t.row("  session", fmt.Sprintf("%s, pid %d, restarted %d times", s.ID, s.PID, s.Restarts))
 	if s.AtBoot {
 		t.row("  at boot", "connects again")
@@ -185,6 +188,16 @@ func or(s, otherwise string) string {
 		return otherwise
 	}
 	return s
+}
+
+// carrierText is the carrier in use, its round trip and what it moves.
+func carrierText(c api.CarrierStatus) string {
+	text := or(c.Name, "none")
+	if c.RTT > 0 {
+		text += ", round trip " + took(c.RTT)
+	}
+	return text + fmt.Sprintf(", redialled %d times, %s sent (%s/s), %s received (%s/s)",
+		c.Redials, bytesText(c.Sent), bytesText(c.SentRate), bytesText(c.Received), bytesText(c.ReceivedRate))
 }
 
 // bytesText is a number of bytes as people read it.
