@@ -37,14 +37,15 @@ func main() {
 	seconds := flag.Int("seconds", 3, "length of one throughput measurement")
 	keep := flag.Bool("keep", false, "leave the test cluster up")
 	out := flag.String("json", "", "also write the figures to this file")
+	way := flag.String("carrier", "auto", "the carrier that culvert uses: auto, port-forward or pods-proxy")
 	flag.Parse()
-	if err := run(*rounds, *seconds, *keep, *out); err != nil {
+	if err := run(*rounds, *seconds, *keep, *out, *way); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(rounds, seconds int, keep bool, out string) (err error) {
+func run(rounds, seconds int, keep bool, out, way string) (err error) {
 	m, err := netlab.New()
 	if err != nil {
 		return err
@@ -69,7 +70,7 @@ func run(rounds, seconds int, keep bool, out string) (err error) {
 	if err := m.StartDaemon(); err != nil {
 		return err
 	}
-	connectTook, err := connect(m, config, image)
+	connectTook, err := connect(m, config, image, way)
 	if err != nil {
 		return err
 	}
@@ -153,9 +154,9 @@ func run(rounds, seconds int, keep bool, out string) (err error) {
 }
 
 // connect times `culvert connect` until the first byte from a Service's name.
-func connect(m *netlab.Machine, config, image string) (time.Duration, error) {
+func connect(m *netlab.Machine, config, image, way string) (time.Duration, error) {
 	begun := time.Now()
-	r := m.Run(netlab.Alice, "/bin/sh", "-c", "culvert connect --kubeconfig "+config+" --image "+image+" >/dev/null && curl -sS --max-time 10 -o /dev/null http://echo.demo/healthz")
+	r := m.Run(netlab.Alice, "/bin/sh", "-c", "culvert connect --kubeconfig "+config+" --image "+image+" --carrier "+way+" >/dev/null && curl -sS --max-time 10 -o /dev/null http://echo.demo/healthz")
 	if r.Code != 0 {
 		return 0, fmt.Errorf("connect: %v\ndaemon:\n%s", r, m.Tail(20))
 	}

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"time"
 )
 
 // ProxyPort is the TCP port on the addresses of its pod where the agent takes
@@ -72,7 +73,7 @@ func Prove(ctx context.Context, c net.Conn, secret []byte) (*Stream, error) {
 		if _, err := io.ReadFull(c, nonce[:]); err != nil {
 			return fmt.Errorf("reading the agent's nonce: %w", err)
 		}
-		mine := NewSecret()
+		mine, begun := NewSecret(), time.Now()
 		if _, err := c.Write(append(mine[:SecretLen:SecretLen], proof(secret, proofOfSession, nonce[:], mine)...)); err != nil {
 			return fmt.Errorf("writing the proof: %w", err)
 		}
@@ -83,6 +84,7 @@ func Prove(ctx context.Context, c net.Conn, secret []byte) (*Stream, error) {
 		if !hmac.Equal(theirs[:], proof(secret, proofOfAgent, nonce[:], mine)) {
 			return ErrProof
 		}
+		s.rtt.Store(int64(time.Since(begun)))
 		return nil
 	})
 	if err != nil {
