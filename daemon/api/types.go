@@ -133,8 +133,8 @@ type CarrierStatus struct {
 	Sent     uint64        `json:"sent"`     // bytes of encrypted packets
 	Received uint64        `json:"received"` // bytes of encrypted packets
 	// SentRate and ReceivedRate are bytes per second, over the last few seconds.
-	SentRate     uint64 `json:"sentRate"`
-	ReceivedRate uint64 `json:"receivedRate"`
+	SentRate     uint64 `json:"sentRate,omitempty"`
+	ReceivedRate uint64 `json:"receivedRate,omitempty"`
 	// Others are the carriers that are not in use.
 	Others []OtherCarrier `json:"others,omitempty"`
 }
