@@ -50,7 +50,7 @@ func sampleSession() api.Session {
 		Excluded: []api.Route{{Prefix: netip.MustParsePrefix("10.0.0.5/32"), Source: "API server"}},
 		DNS:      api.DNSStatus{Mode: "resolved", Server: "198.18.0.1", ClusterDomain: "cluster.local", Domains: []string{"~cluster.local", "~svc"}},
 		Agent:    api.AgentStatus{Namespace: "shop", Pod: "culvert-agent-k3x9-abcde", Node: "node1", Image: "culvert-agent:v1", Version: "v1"},
-		Carrier:  api.CarrierStatus{Name: "port-forward (WebSocket)", RTT: 812 * time.Microsecond, Redials: 1, Sent: 1234567, Received: 999},
+		Carrier:  api.CarrierStatus{SentRate: 3400, ReceivedRate: 12, Others: []api.OtherCarrier{{Name: "pods/proxy", Reason: "RBAC: get pods/proxy is not allowed"}}, Name: "port-forward (WebSocket)", RTT: 812 * time.Microsecond, Redials: 1, Sent: 1234567, Received: 999},
 		Notes:    []string{"nodes are not visible to you: pod ranges come from the pods of namespace shop"},
 	}
 }
