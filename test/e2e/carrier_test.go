@@ -50,8 +50,8 @@ func TestCarrierChoice(t *testing.T) {
 	waitCarrier(t, "pods/proxy", 60*time.Second)
 	alive(5 * time.Second)
 
-	// Nobody else gets a word out of the agent's port, on either address, from a
-	// node or from another pod; through the tunnel it is refused.
+	// Nobody else gets a stream from the agent's port, on either address, here from
+	// a node; through the tunnel it is refused.
 	ips := words(t, "-n", s.Agent.Namespace, "get", "pod", s.Agent.Pod, "-o", "jsonpath={.status.podIPs[*].ip}")
 	for _, ip := range ips {
 		addr := net.JoinHostPort(ip, fmt.Sprint(carrier.ProxyPort))
