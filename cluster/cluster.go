@@ -18,7 +18,6 @@ import (
 	"strings"
 	"time"
 
-	"k8s.io/client-go/kubernetes"
 	_ "k8s.io/client-go/plugin/pkg/client/auth" // OIDC and the messages of removed providers, as in kubectl
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -40,9 +39,9 @@ type Cluster struct {
 	server    *url.URL
 	identity  string
 
-	config *rest.Config         // as kubectl would make it; never changed after Open
-	client kubernetes.Interface // requests, bounded by requestTimeout
-	watch  kubernetes.Interface // watches, bounded by their contexts only
+	config *rest.Config // as kubectl would make it; never changed after Open
+	client *Client      // requests, bounded by requestTimeout
+	watch  *Client      // watches, bounded by their contexts only
 
 	sources *sources
 	names   *Names
@@ -109,27 +108,23 @@ func Open(o api.Options) (*Cluster, error) {
 	return c, nil
 }
 
-// connectClients makes the typed clients; it opens no connection.
+// connectClients makes the clients; it opens no connection.
 func (c *Cluster) connectClients() error {
 	// A session asks little, but in bursts: a dozen access reviews and list
 	// pages while it connects. client-go's default of 5 a second would take
 	// longer than the connection itself.
 	c.config.QPS, c.config.Burst = 50, 100
 	c.config.UserAgent = "culvert/" + version.Version
-	// Protobuf costs a fraction of JSON to decode; JSON stays accepted because
-	// aggregated and old servers may not speak it.
-	c.config.ContentType = "application/vnd.kubernetes.protobuf"
-	c.config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
 	c.config.WarningHandler = rest.NoWarnings{}
 	c.config.WarningHandlerWithContext = rest.NoWarnings{}
 
 	bounded := rest.CopyConfig(c.config)
 	bounded.Timeout = requestTimeout
 	var err error
-	if c.client, err = kubernetes.NewForConfig(bounded); err != nil {
+	if c.client, err = NewClient(bounded); err != nil {
 		return err
 	}
-	if c.watch, err = kubernetes.NewForConfig(c.config); err != nil {
+	if c.watch, err = NewClient(c.config); err != nil {
 		return err
 	}
 	c.sources = c.newSources()

@@ -54,7 +54,7 @@ func (c *Cluster) EnsureAgent(ctx context.Context, spec AgentSpec, progress func
 
 // createOrAdopt says whether it created the Deployment.
 func (c *Cluster) createOrAdopt(ctx context.Context, d *appsv1.Deployment) (created bool, err error) {
-	deployments := c.client.AppsV1().Deployments(c.namespace)
+	deployments := c.client.Deployments(c.namespace)
 	what := fmt.Sprintf("creating Deployment %s in namespace %q", d.Name, c.namespace)
 	for range 3 {
 		_, err = deployments.Create(ctx, d, metav1.CreateOptions{})
@@ -89,7 +89,7 @@ func (c *Cluster) createOrAdopt(ctx context.Context, d *appsv1.Deployment) (crea
 // told as progress; only when ctx ends it is the error. A Deployment that does
 // not exist is an *api.Error with CodeNotFound: EnsureAgent makes it anew.
 func (c *Cluster) WaitAgent(ctx context.Context, name string, progress func(step string)) (*Agent, error) {
-	d, err := c.client.AppsV1().Deployments(c.namespace).Get(ctx, name, metav1.GetOptions{})
+	d, err := c.client.Deployments(c.namespace).Get(ctx, name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil, c.gone(name)
 	}
@@ -110,7 +110,7 @@ func (c *Cluster) gone(name string) error {
 // DeleteAgent deletes an agent's Deployment and returns when it, its ReplicaSet
 // and its pods are gone. One that does not exist is no error.
 func (c *Cluster) DeleteAgent(ctx context.Context, name string) error {
-	deployments := c.client.AppsV1().Deployments(c.namespace)
+	deployments := c.client.Deployments(c.namespace)
 	what := fmt.Sprintf("deleting Deployment %s in namespace %q", name, c.namespace)
 	// Foreground: the Deployment vanishes last.
 	foreground := metav1.DeletePropagationForeground
@@ -125,7 +125,7 @@ func (c *Cluster) DeleteAgent(ctx context.Context, name string) error {
 		// The watch comes first, so that nothing happens between it and the look.
 		// Without the right to watch there is a look every pollGone.
 		events, stop := (<-chan watch.Event)(nil), func() {}
-		if w, err := c.watch.AppsV1().Deployments(c.namespace).Watch(ctx, byName(name)); err == nil {
+		if w, err := c.watch.Deployments(c.namespace).Watch(ctx, byName(name)); err == nil {
 			events, stop = w.ResultChan(), w.Stop
 		}
 		_, err = deployments.Get(ctx, name, metav1.GetOptions{})
@@ -202,10 +202,10 @@ func (w *podWait) run(ctx context.Context) (*Agent, error) {
 	// wait, they lose nothing.
 	seen := make(chan watch.Event, 64)
 	go observe(watching, seen, func(ctx context.Context) (watch.Interface, error) {
-		return w.c.watch.CoreV1().Pods(ns).Watch(ctx, metav1.ListOptions{LabelSelector: selector})
+		return w.c.watch.Pods(ns).Watch(ctx, metav1.ListOptions{LabelSelector: selector})
 	})
 	go observe(watching, seen, func(ctx context.Context) (watch.Interface, error) {
-		return w.c.watch.AppsV1().Deployments(ns).Watch(ctx, byName(w.name))
+		return w.c.watch.Deployments(ns).Watch(ctx, byName(w.name))
 	})
 	w.pods = map[string]*corev1.Pod{}
 	w.say("waiting for the agent's pod")
@@ -225,7 +225,7 @@ func (w *podWait) run(ctx context.Context) (*Agent, error) {
 		if pod := w.current(); pod != nil && string(pod.UID) != eventsOf {
 			eventsOf = string(pod.UID)
 			go observe(watching, seen, func(ctx context.Context) (watch.Interface, error) {
-				return w.c.watch.CoreV1().Events(ns).Watch(ctx, metav1.ListOptions{
+				return w.c.watch.Events(ns).Watch(ctx, metav1.ListOptions{
 					FieldSelector: fields.OneTermEqualSelector("involvedObject.uid", string(pod.UID)).String(),
 				})
 			})

@@ -125,7 +125,7 @@ func TestWatchFindsNewNode(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- as(t, "developer", "demo").WatchRanges(ctx, func(r Ranges) { ranges <- r }) }()
 	<-ranges
-	nodes := admin.client.CoreV1().Nodes()
+	nodes := admin.client.Nodes()
 	// Cordoned and never ready: nothing lands on it.
 	_, err := nodes.Create(ctx, &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: "culvert-e2e-node"},
@@ -172,7 +172,7 @@ func TestPreflight(t *testing.T) {
 func TestPreflightQuotaAndPodSecurity(t *testing.T) {
 	admin := as(t, "admin", "culvert-e2e-quota")
 	ctx := within(t, 20*time.Second)
-	ns := admin.client.CoreV1().Namespaces()
+	ns := admin.client.Namespaces()
 	_, err := ns.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 		Name: "culvert-e2e-quota", Labels: map[string]string{"pod-security.kubernetes.io/enforce": "restricted"},
 	}}, metav1.CreateOptions{})
@@ -180,7 +180,7 @@ func TestPreflightQuotaAndPodSecurity(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ns.Delete(context.Background(), "culvert-e2e-quota", metav1.DeleteOptions{})
-	_, err = admin.client.CoreV1().ResourceQuotas("culvert-e2e-quota").Create(ctx, &corev1.ResourceQuota{
+	_, err = objects[corev1.ResourceQuota, corev1.ResourceQuotaList](admin.client, "/api/v1", "culvert-e2e-quota", "resourcequotas").Create(ctx, &corev1.ResourceQuota{
 		ObjectMeta: metav1.ObjectMeta{Name: "tiny"},
 		Spec:       corev1.ResourceQuotaSpec{Hard: corev1.ResourceList{corev1.ResourceRequestsMemory: resource.MustParse("8Mi")}},
 	}, metav1.CreateOptions{})
@@ -221,12 +221,12 @@ func TestEnsureAgentTroubles(t *testing.T) {
 	wantCode(t, err, api.CodeImage, "not an image of the agent")
 
 	for _, name := range []string{"e2eimage", "e2enode", "e2eprobe"} {
-		_, err := c.client.AppsV1().Deployments("demo").Get(within(t, 5*time.Second), AgentName(name), metav1.GetOptions{})
+		_, err := c.client.Deployments("demo").Get(within(t, 5*time.Second), AgentName(name), metav1.GetOptions{})
 		if !apierrors.IsNotFound(err) {
 			t.Errorf("%s is left: %v", name, err)
 		}
 	}
-	pods, err := c.client.CoreV1().Pods("demo").List(within(t, 5*time.Second), metav1.ListOptions{LabelSelector: LabelManagedBy + "=culvert," + LabelSession + " in (e2eimage,e2enode,e2eprobe)"})
+	pods, err := c.client.Pods("demo").List(within(t, 5*time.Second), metav1.ListOptions{LabelSelector: LabelManagedBy + "=culvert," + LabelSession + " in (e2eimage,e2enode,e2eprobe)"})
 	if err != nil || len(pods.Items) != 0 {
 		t.Errorf("pods are left: %d, %v", len(pods.Items), err)
 	}
@@ -258,7 +258,7 @@ func TestAgentLives(t *testing.T) {
 		t.Errorf("adopting: %+v, %v", b, err)
 	}
 	t.Logf("adopted after %v", time.Since(start))
-	if err := as(t, "admin", "demo").client.CoreV1().Pods("demo").Delete(within(t, 5*time.Second), a.Pod, metav1.DeleteOptions{}); err != nil {
+	if err := as(t, "admin", "demo").client.Pods("demo").Delete(within(t, 5*time.Second), a.Pod, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	start = time.Now()
@@ -276,7 +276,7 @@ func TestAgentLives(t *testing.T) {
 }
 
 func echoPod(t *testing.T, c *Cluster) *Agent {
-	pods, err := c.client.CoreV1().Pods("demo").List(within(t, 5*time.Second), metav1.ListOptions{LabelSelector: "app=echo"})
+	pods, err := c.client.Pods("demo").List(within(t, 5*time.Second), metav1.ListOptions{LabelSelector: "app=echo"})
 	if err != nil || len(pods.Items) == 0 {
 		t.Fatalf("no echo pod: %v", err)
 	}

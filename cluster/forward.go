@@ -17,7 +17,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/transport"
 )
@@ -112,8 +111,7 @@ func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (conn net.Conn,
 			conn = nil
 		}
 	}()
-	target := p.cluster.client.CoreV1().RESTClient().Post().Namespace(p.agent.Namespace).
-		Resource("pods").Name(p.agent.Pod).SubResource("portforward").URL()
+	target := p.cluster.client.Pods(p.agent.Namespace).URL(p.agent.Pod, "portforward")
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target.String(), nil)
 	if err != nil {
 		return nil, err
@@ -355,7 +353,7 @@ func newRefusal(resp *http.Response, verb string) error {
 		return r
 	}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, 16<<10))
-	object, _, err := scheme.Codecs.UniversalDeserializer().Decode(body, nil, nil)
+	object, _, err := codecs.UniversalDeserializer().Decode(body, nil, nil)
 	if status, ok := object.(*metav1.Status); ok && err == nil {
 		r.cause = &apierrors.StatusError{ErrStatus: *status}
 		return r

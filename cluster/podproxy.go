@@ -73,8 +73,7 @@ func (p *PodProxy) dial(ctx context.Context) (conn net.Conn, err error) {
 			conn = nil
 		}
 	}()
-	target := p.cluster.client.CoreV1().RESTClient().Get().Namespace(p.agent.Namespace).
-		Resource("pods").Name(fmt.Sprintf("%s:%d", p.agent.Pod, p.port)).SubResource("proxy").URL()
+	target := p.cluster.client.Pods(p.agent.Namespace).URL(fmt.Sprintf("%s:%d", p.agent.Pod, p.port), "proxy")
 	target.Path += "/" // what is shorter may be redirected
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
 	if err != nil {

@@ -90,7 +90,7 @@ func (c *Cluster) review(ctx context.Context, checks []Check) ([]Check, error) {
 	for i := range checks {
 		check := &checks[i]
 		g.Go(func() error {
-			review, err := c.client.AuthorizationV1().SelfSubjectAccessReviews().Create(gctx, &authorizationv1.SelfSubjectAccessReview{
+			review, err := c.client.SelfSubjectAccessReviews().Create(gctx, &authorizationv1.SelfSubjectAccessReview{
 				Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
 					Namespace: check.Namespace, Verb: check.Verb, Group: check.group, Resource: check.resource, Subresource: check.subresource,
 				}},
@@ -130,14 +130,14 @@ func (c *Cluster) Preflight(ctx context.Context, spec AgentSpec) error {
 	}
 	dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 	what := fmt.Sprintf("creating the agent in namespace %q", c.namespace)
-	if _, err := c.client.AppsV1().Deployments(c.namespace).Create(ctx, d, dry); err != nil && !apierrors.IsAlreadyExists(err) {
+	if _, err := c.client.Deployments(c.namespace).Create(ctx, d, dry); err != nil && !apierrors.IsAlreadyExists(err) {
 		return translate(what, err)
 	}
 	// PodSecurity and quota look at pods only: a Deployment is accepted and its
 	// pod refused later.
 	pod := &corev1.Pod{ObjectMeta: d.Spec.Template.ObjectMeta, Spec: d.Spec.Template.Spec}
 	pod.GenerateName = d.Name + "-"
-	_, err = c.client.CoreV1().Pods(c.namespace).Create(ctx, pod, dry)
+	_, err = c.client.Pods(c.namespace).Create(ctx, pod, dry)
 	if err != nil && !isMissingRight(err) && !c.agentExists(ctx, d.Name) {
 		return translate(what, err)
 	}
@@ -152,7 +152,7 @@ const reachTimeout = 10 * time.Second
 func (c *Cluster) reach(ctx context.Context) error {
 	short, cancel := context.WithTimeout(ctx, reachTimeout)
 	defer cancel()
-	err := c.client.Discovery().RESTClient().Get().AbsPath("/version").Do(short).Error()
+	err := c.client.Version(short)
 	if err == nil || apierrors.IsForbidden(err) {
 		return nil
 	}
@@ -162,7 +162,7 @@ func (c *Cluster) reach(ctx context.Context) error {
 // agentExists: then its quota is in use already, and a second pod that does not
 // fit is no reason to refuse.
 func (c *Cluster) agentExists(ctx context.Context, name string) bool {
-	_, err := c.client.AppsV1().Deployments(c.namespace).Get(ctx, name, metav1.GetOptions{})
+	_, err := c.client.Deployments(c.namespace).Get(ctx, name, metav1.GetOptions{})
 	return err == nil
 }
 
@@ -170,7 +170,7 @@ func (c *Cluster) agentExists(ctx context.Context, name string) bool {
 // missing right to whoever has rights elsewhere only.
 func (c *Cluster) refused(ctx context.Context, check Check) error {
 	user := ""
-	if who, err := c.client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{}); err == nil {
+	if who, err := c.client.SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{}); err == nil {
 		user = who.Status.UserInfo.Username
 	}
 	err := forbidden(check, user)

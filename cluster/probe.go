@@ -28,7 +28,7 @@ func (c *Cluster) probeServiceRange(ctx context.Context) ([]netip.Prefix, error)
 		family corev1.IPFamily
 		ip     string
 	}{{corev1.IPv4Protocol, impossible4}, {corev1.IPv6Protocol, impossible6}} {
-		_, err := c.client.CoreV1().Services(c.namespace).Create(ctx, &corev1.Service{
+		_, err := c.client.Services(c.namespace).Create(ctx, &corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{
 				GenerateName: "culvert-probe-",
 				Labels:       map[string]string{LabelManagedBy: "culvert"},

@@ -39,7 +39,7 @@ func (c *Cluster) Resolve(ctx context.Context, target, defaultNamespace string) 
 	}
 	ns = firstOf(ns, defaultNamespace, c.namespace)
 	if kind != "pod" {
-		service, err := c.client.CoreV1().Services(ns).Get(ctx, name, metav1.GetOptions{})
+		service, err := c.client.Services(ns).Get(ctx, name, metav1.GetOptions{})
 		switch {
 		case err == nil:
 			return c.serviceTargets(ctx, service)
@@ -47,7 +47,7 @@ func (c *Cluster) Resolve(ctx context.Context, target, defaultNamespace string) 
 			return nil, translate(fmt.Sprintf("looking for Service %s/%s", ns, name), notFoundHere(err, target))
 		}
 	}
-	pod, err := c.client.CoreV1().Pods(ns).Get(ctx, name, metav1.GetOptions{})
+	pod, err := c.client.Pods(ns).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
 		return nil, translate(fmt.Sprintf("looking for %q in namespace %q", name, ns), notFoundHere(err, target))
 	}
@@ -117,7 +117,7 @@ func (c *Cluster) serviceTargets(ctx context.Context, service *corev1.Service) (
 	if len(service.Spec.Selector) == 0 {
 		return none("has no TCP port and selects no pods")
 	}
-	pods, err := c.client.CoreV1().Pods(service.Namespace).List(ctx, metav1.ListOptions{
+	pods, err := c.client.Pods(service.Namespace).List(ctx, metav1.ListOptions{
 		LabelSelector: labels.SelectorFromSet(service.Spec.Selector).String(),
 		Limit:         pageSize,
 	})

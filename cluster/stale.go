@@ -20,7 +20,7 @@ func (c *Cluster) RemoveStale(ctx context.Context, spec AgentSpec, live func(con
 	if spec.User == "" || spec.Origin == "" {
 		return nil, nil
 	}
-	deployments := c.client.AppsV1().Deployments(c.namespace)
+	deployments := c.client.Deployments(c.namespace)
 	ours := labels.Set{LabelName: agentApp, LabelManagedBy: "culvert"}
 	list, err := deployments.List(ctx, metav1.ListOptions{LabelSelector: ours.String()})
 	if err != nil {

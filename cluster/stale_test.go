@@ -3,19 +3,26 @@ package cluster
 import (
 	"context"
 	"errors"
+	"net/http"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // Only what the same user made from the same daemon goes, and only if no
 // session of his owns it.
 func TestRemoveStale(t *testing.T) {
 	ours := AgentSpec{Session: "now", User: "dev", Origin: "o1", Image: "x:1"}
-	client := fake.NewClientset()
-	c := &Cluster{namespace: "demo", client: client}
+	server := &deploymentServer{}
+	c := &Cluster{namespace: "demo", client: (&apiServer{answer: server.answer}).client(t)}
 	make := func(namespace string, change func(*AgentSpec)) {
 		t.Helper()
 		s := ours
@@ -24,9 +31,8 @@ func TestRemoveStale(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := client.AppsV1().Deployments(namespace).Create(t.Context(), d, metav1.CreateOptions{}); err != nil {
-			t.Fatal(err)
-		}
+		d.UID = types.UID(s.Session)
+		server.all = append(server.all, *d)
 	}
 	make("demo", func(s *AgentSpec) {})
 	make("demo", func(s *AgentSpec) { s.Session = "stale" })
@@ -39,11 +45,9 @@ func TestRemoveStale(t *testing.T) {
 		return func(context.Context) ([]string, error) { return ids, nil }
 	}
 	left := func() (names []string) {
-		list, err := client.AppsV1().Deployments("").List(t.Context(), metav1.ListOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, d := range list.Items {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		for _, d := range server.all {
 			names = append(names, d.Labels[LabelSession])
 		}
 		slices.Sort(names)
@@ -77,4 +81,43 @@ func TestRemoveStale(t *testing.T) {
 	if got, want := left(), slices.DeleteFunc(slices.Clone(all), func(s string) bool { return s == "stale" }); !slices.Equal(got, want) {
 		t.Errorf("left %v, want %v", got, want)
 	}
+}
+
+// deploymentServer keeps Deployments, as far as RemoveStale needs it.
+type deploymentServer struct {
+	mu  sync.Mutex
+	all []appsv1.Deployment
+}
+
+func (s *deploymentServer) answer(r *http.Request, body runtime.Object) (int, runtime.Object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in := func(d appsv1.Deployment, path string) bool {
+		return path == "/apis/apps/v1/namespaces/"+d.Namespace+"/deployments"
+	}
+	switch r.Method {
+	case http.MethodGet:
+		selector, err := labels.Parse(r.URL.Query().Get("labelSelector"))
+		if err != nil {
+			break
+		}
+		found := &appsv1.DeploymentList{}
+		for _, d := range s.all {
+			if in(d, r.URL.Path) && selector.Matches(labels.Set(d.Labels)) {
+				found.Items = append(found.Items, d)
+			}
+		}
+		return 200, found
+	case http.MethodDelete:
+		uid := body.(*metav1.DeleteOptions).Preconditions.UID
+		before := len(s.all)
+		s.all = slices.DeleteFunc(s.all, func(d appsv1.Deployment) bool {
+			return strings.HasSuffix(r.URL.Path, "/"+d.Name) && in(d, strings.TrimSuffix(r.URL.Path, "/"+d.Name)) && *uid == d.UID
+		})
+		if len(s.all) < before {
+			return 200, &metav1.Status{Status: metav1.StatusSuccess}
+		}
+	}
+	status := apierrors.NewBadRequest(r.Method + " " + r.URL.String()).Status()
+	return 400, &status
 }

@@ -237,10 +237,10 @@ func (c *Cluster) serviceCIDRTable() *table {
 	return &table{
 		what: "servicecidrs",
 		list: func(ctx context.Context, _ string, o metav1.ListOptions) (runtime.Object, error) {
-			return c.client.NetworkingV1().ServiceCIDRs().List(ctx, o)
+			return c.client.ServiceCIDRs().List(ctx, o)
 		},
 		watch: func(ctx context.Context, _ string, o metav1.ListOptions) (watch.Interface, error) {
-			return c.watch.NetworkingV1().ServiceCIDRs().Watch(ctx, o)
+			return c.watch.ServiceCIDRs().Watch(ctx, o)
 		},
 		row: func(o runtime.Object) (r row) {
 			for _, s := range o.(*networkingv1.ServiceCIDR).Spec.CIDRs {
@@ -255,10 +255,10 @@ func (c *Cluster) nodeTable() *table {
 	return &table{
 		what: "nodes",
 		list: func(ctx context.Context, _ string, o metav1.ListOptions) (runtime.Object, error) {
-			return c.client.CoreV1().Nodes().List(ctx, o)
+			return c.client.Nodes().List(ctx, o)
 		},
 		watch: func(ctx context.Context, _ string, o metav1.ListOptions) (watch.Interface, error) {
-			return c.watch.CoreV1().Nodes().Watch(ctx, o)
+			return c.watch.Nodes().Watch(ctx, o)
 		},
 		row: func(o runtime.Object) (r row) {
 			node := o.(*corev1.Node)
@@ -281,10 +281,10 @@ func (c *Cluster) serviceTable() *table {
 		what:  "services",
 		local: true,
 		list: func(ctx context.Context, ns string, o metav1.ListOptions) (runtime.Object, error) {
-			return c.client.CoreV1().Services(ns).List(ctx, o)
+			return c.client.Services(ns).List(ctx, o)
 		},
 		watch: func(ctx context.Context, ns string, o metav1.ListOptions) (watch.Interface, error) {
-			return c.watch.CoreV1().Services(ns).Watch(ctx, o)
+			return c.watch.Services(ns).Watch(ctx, o)
 		},
 		row: func(o runtime.Object) (r row) {
 			spec := &o.(*corev1.Service).Spec
@@ -304,10 +304,10 @@ func (c *Cluster) podTable() *table {
 		what:  "pods",
 		local: true,
 		list: func(ctx context.Context, ns string, o metav1.ListOptions) (runtime.Object, error) {
-			return c.client.CoreV1().Pods(ns).List(ctx, o)
+			return c.client.Pods(ns).List(ctx, o)
 		},
 		watch: func(ctx context.Context, ns string, o metav1.ListOptions) (watch.Interface, error) {
-			return c.watch.CoreV1().Pods(ns).Watch(ctx, o)
+			return c.watch.Pods(ns).Watch(ctx, o)
 		},
 		row: func(o runtime.Object) (r row) {
 			pod := o.(*corev1.Pod)

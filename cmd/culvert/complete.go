@@ -52,7 +52,7 @@ func (a *app) completeNamespaces(cmd *cobra.Command, _ []string, _ string) ([]st
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
 	defer cancel()
-	list, err := client.CoreV1().Namespaces().List(ctx, metav1.ListOptions{Limit: 500})
+	list, err := client.Namespaces().List(ctx, metav1.ListOptions{Limit: 500})
 	if err != nil {
 		return []string{t.Namespace}, cobra.ShellCompDirectiveNoFileComp
 	}

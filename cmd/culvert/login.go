@@ -19,9 +19,9 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
+	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/internal/version"
 )
@@ -116,7 +116,7 @@ func whoAmI(ctx context.Context, t *target, terminal bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	review, err := client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
+	review, err := client.SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
 	switch {
 	case err == nil:
 		if name := review.Status.UserInfo.Username; name != "system:anonymous" {
@@ -128,7 +128,7 @@ func whoAmI(ctx context.Context, t *target, terminal bool) (string, error) {
 			Hint:    "log in as for kubectl; `kubectl auth whoami` shows who you are",
 		}
 	case apierrors.IsNotFound(err), apierrors.IsForbidden(err), apierrors.IsMethodNotSupported(err):
-		_, err = client.Discovery().ServerVersion()
+		err = client.Version(ctx)
 		if err == nil || apierrors.IsForbidden(err) {
 			return "", nil
 		}
@@ -142,7 +142,7 @@ func needsTerminal(auth *clientcmdapi.AuthInfo) bool {
 
 // client is a client of the target's API server that gives up on a request
 // after requestTimeout.
-func (t *target) client() (kubernetes.Interface, error) {
+func (t *target) client() (*cluster.Client, error) {
 	config, err := t.config.ClientConfig()
 	if err != nil {
 		return nil, &api.Error{Code: api.CodeKubeconfig, Message: fmt.Sprintf("context %q of the kubeconfig cannot be used: %v", t.Context, err), Hint: "`kubectl config view` shows it"}
@@ -150,7 +150,7 @@ func (t *target) client() (kubernetes.Interface, error) {
 	config.UserAgent = "culvert/" + version.Version
 	// Innermost: the time that a credentials plugin takes is not counted.
 	config.Wrap(func(rt http.RoundTripper) http.RoundTripper { return timeLimited{rt} })
-	client, err := kubernetes.NewForConfig(config)
+	client, err := cluster.NewClient(config)
 	if err != nil {
 		return nil, &api.Error{Code: api.CodeKubeconfig, Message: fmt.Sprintf("context %q of the kubeconfig cannot be used: %v", t.Context, err), Hint: "`kubectl config view` shows it"}
 	}
