@@ -468,7 +468,7 @@ func TestOtherCommands(t *testing.T) {
 	run("status", "--socket", "/nowhere").expect(t, 1, "culvertd is not running", "systemctl start culvertd")
 	run("status", "extra").expect(t, 2)
 	run("nonsense").expect(t, 2, "unknown command")
-	run("--version").expect(t, 0, "culvert dev")
+	run("--version").expect(t, 0, "culvert version dev")
 	run("completion", "bash").expect(t, 0, "complete")
 	run("connect", "--help").expect(t, 0, "--exclude-ips", "Examples:")
 
