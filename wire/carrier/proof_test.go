@@ -284,7 +284,12 @@ func TestMove(t *testing.T) {
 		a.Move(s)
 		time.Sleep(50 * time.Millisecond)
 	}
+	// What was lost is waited for in vain: the end of the Binds ends that.
+	hung := time.AfterFunc(30*time.Second, func() { a.Shutdown(); b.Shutdown() })
 	wg.Wait()
+	if !hung.Stop() {
+		t.Error("messages are missing")
+	}
 	for _, bind := range []*Bind{a, b} {
 		if st := bind.Stats(); st.Dropped != 0 || st.Streams != 4 {
 			t.Errorf("%+v", st)
