@@ -50,14 +50,16 @@ func run(rounds, seconds int, keep bool, out, way string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer m.Close()
+	defer func() {
+		m.Close() // the daemon first: it gives back the laptop's names
+		if !keep {
+			m.Cluster("down", "--all")
+		}
+	}()
 	up := m.ClusterCommand("up")
 	up.Stdout, up.Stderr = os.Stderr, os.Stderr
 	if err := up.Run(); err != nil {
 		return fmt.Errorf("testcluster up: %w", err)
-	}
-	if !keep {
-		defer m.Cluster("down", "--all")
 	}
 	image, err := m.LoadImage()
 	if err != nil {

@@ -39,7 +39,12 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer lab.Close()
+	defer func() {
+		lab.Close() // the daemon first: it gives back the laptop's names
+		if !*keep {
+			lab.Cluster("down", "--all")
+		}
+	}()
 	for _, name := range []string{"", "b"} {
 		args := []string{"up"}
 		if name != "" {
@@ -51,9 +56,6 @@ func run(m *testing.M) int {
 			fmt.Fprintf(os.Stderr, "testcluster %v: %v\n", args, err)
 			return 1
 		}
-	}
-	if !*keep {
-		defer lab.Cluster("down", "--all")
 	}
 	if image, err = lab.LoadImage("", "b"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
