@@ -94,10 +94,20 @@ const dialTimeout = 20 * time.Second
 
 // dial upgrades a request by one of the two ways and opens the stream in what
 // results.
-func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (conn net.Conn, err error) {
+func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	u, err := p.cluster.newUpgrade(ctx, way)
+	target := p.cluster.client.Pods(p.agent.Namespace).URL(p.agent.Pod, "portforward")
+	return p.cluster.upgradeTo(ctx, way, http.MethodPost, target, "port-forward", func(u *upgrade) (net.Conn, error) {
+		return openStream(u.conn, u.abort, p.port)
+	})
+}
+
+// upgradeTo sends a request to target, has it upgraded, and makes the connection
+// of what results. The end of ctx closes the socket and so ends whatever waits;
+// what names the request in a refusal.
+func (c *Cluster) upgradeTo(ctx context.Context, way upgradeFunc, method string, target *url.URL, what string, open func(*upgrade) (net.Conn, error)) (conn net.Conn, err error) {
+	u, err := c.newUpgrade(ctx, way)
 	if err != nil {
 		return nil, err
 	}
@@ -111,8 +121,7 @@ func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (conn net.Conn,
 			conn = nil
 		}
 	}()
-	target := p.cluster.client.Pods(p.agent.Namespace).URL(p.agent.Pod, "portforward")
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, target.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -121,9 +130,9 @@ func (p *PortForward) dial(ctx context.Context, way upgradeFunc) (conn net.Conn,
 		return nil, err
 	}
 	if u.conn == nil {
-		return nil, newRefusal(resp, "port-forward")
+		return nil, newRefusal(resp, what)
 	}
-	return openStream(u.conn, u.abort, p.port)
+	return open(u)
 }
 
 // upgradeFunc sends the request and sets conn if the server upgraded. The answer

@@ -58,35 +58,12 @@ func (p *PodProxy) Dial(ctx context.Context) (net.Conn, error) {
 	return nil, translate(what, err)
 }
 
-func (p *PodProxy) dial(ctx context.Context) (conn net.Conn, err error) {
-	u, err := p.cluster.newUpgrade(ctx, (*upgrade).bytes)
-	if err != nil {
-		return nil, err
-	}
-	stop := context.AfterFunc(ctx, u.abort)
-	defer func() {
-		if !stop() {
-			err = ctx.Err() // whatever the closed socket led to
-		}
-		if err != nil {
-			u.abort()
-			conn = nil
-		}
-	}()
+func (p *PodProxy) dial(ctx context.Context) (net.Conn, error) {
 	target := p.cluster.client.Pods(p.agent.Namespace).URL(fmt.Sprintf("%s:%d", p.agent.Pod, p.port), "proxy")
 	target.Path += "/" // what is shorter may be redirected
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := u.wrapped.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	if u.conn == nil {
-		return nil, newRefusal(resp, "proxy")
-	}
-	return &rawConn{Conn: u.conn, abort: u.abort}, nil
+	return p.cluster.upgradeTo(ctx, (*upgrade).bytes, http.MethodGet, target, "proxy", func(u *upgrade) (net.Conn, error) {
+		return &rawConn{Conn: u.conn, abort: u.abort}, nil
+	})
 }
 
 // bytes upgrades to bytes that mean nothing to anybody between the two ends.

@@ -21,6 +21,10 @@ import (
 // that nobody waits for a dead one.
 const cleanupTime = 15 * time.Second
 
+// loopsTime bounds the wait for the loops, whose context is done: they end at
+// once but for a request that the API server is just answering.
+const loopsTime = 3 * time.Second
+
 // Run is the hidden role of the culvert binary: it takes the link from the
 // daemon (descriptor 3), connects, and returns when the session has ended. The
 // error is the user's answer to why it ended other than by being asked to; it
@@ -83,6 +87,7 @@ func Run(ctx context.Context) error {
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
+	cancel(nil) // the loops end whatever ended the session
 	s.end(err)
 	switch {
 	case errors.Is(err, errDisconnect):
@@ -120,6 +125,8 @@ func (s *Session) end(err error) {
 	s.status.update(func(st *api.Session) {
 		st.State, st.Step, st.Cause = api.Disconnecting, "removing the agent", ""
 	})
+	// A redial under way might make the agent again after it was removed.
+	s.waitLoops(loopsTime)
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
 	defer cancel()
 	if e := s.removeAgent(ctx); e != nil {

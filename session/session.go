@@ -139,7 +139,19 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 	}
 }
 
-// close ends the tunnel and waits for the loops, whose context is done.
+// waitLoops waits until the loops have ended, whose context is done, or for the
+// limit.
+func (s *Session) waitLoops(limit time.Duration) {
+	ended := make(chan struct{})
+	go func() { s.loops.Wait(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(limit):
+		s.log.Warn("loops are still running", "after", limit)
+	}
+}
+
+// close stops answering names and ends the tunnel.
 func (s *Session) close() {
 	s.mu.Lock()
 	tunnel, stream := s.tunnel, s.stream

@@ -139,6 +139,20 @@ func TestEndSaysWhy(t *testing.T) {
 	}
 }
 
+// TestEndWaitsForLoops: what a loop still does is over before the agent goes.
+func TestEndWaitsForLoops(t *testing.T) {
+	s, d := newPair(t)
+	ended := false
+	s.loops.Go(func() {
+		time.Sleep(100 * time.Millisecond)
+		ended = true
+	})
+	s.end(errDisconnect)
+	if !ended || d.last().State != api.Disconnected {
+		t.Errorf("the loop ended: %v, last word %q", ended, d.last().State)
+	}
+}
+
 func TestSelectors(t *testing.T) {
 	s, _ := newPair(t)
 	n := &s.network
