@@ -13,17 +13,21 @@ import (
 )
 
 const usage = `usage: testapp COMMAND
-  serve [--http ADDR,ADDR]             HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003
+  serve [--http ADDR,ADDR]             HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003, UDP blasts :9004
                                        (with --http only HTTP, on those addresses)
   get [--resolve ADDR] URL             HTTP GET, body to stdout
   lookup NAME                          resolve with this machine's resolver
   put URL BYTES                        send BYTES random bytes with PUT, check the SHA-256 in the answer
   udp ADDR SIZE [COUNT]                send datagrams to the UDP echo, check what comes back
-  push ADDR [SECONDS [CONNS]]          throughput to the sink (9002)
-  pull ADDR [SECONDS [CONNS]]          throughput from the source (9003)
+  push ADDR [SECONDS [CONNS [WARM]]]   throughput to the sink (9002), not counting the first WARM seconds
+  pull ADDR [SECONDS [CONNS [WARM]]]   throughput from the source (9003)
+  blast ADDR up|down [SIZE [MBIT [SECONDS]]]
+                                       numbered datagrams to or from the server of blasts (9004): rate and loss
   rtt ADDR [COUNT]                     1-byte round trips with the TCP echo (9000)
-  hold ADDR SECONDS                    one TCP connection to the echo, a byte every 100 ms; fails if it breaks
-  conns ADDR [SECONDS [WORKERS]]       connections per second: connect, 1 byte echoed, close
+  ping ADDR [SECONDS [CONNS]]          the same for a time, on several connections at once
+  hold ADDR SECONDS [MS]               one TCP connection to the echo, a byte every 100 ms; fails if it breaks
+  conns ADDR,... [SECONDS [WORKERS]]   connections per second: connect, 1 byte echoed, close
+  crowd ADDR,... COUNT SECONDS [busy]  connections that are open at once: idle and then alive, or busy with round trips
 Clients take --json before their arguments.
 `
 
@@ -42,7 +46,7 @@ func main() {
 	}
 	commands := map[string]func([]string) error{
 		"serve": serve, "get": get, "lookup": lookup, "put": put, "udp": udp,
-		"push": push, "pull": pull, "rtt": rtt, "hold": hold, "conns": conns,
+		"push": push, "pull": pull, "blast": blast, "rtt": rtt, "ping": ping, "hold": hold, "conns": conns, "crowd": crowd,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		fmt.Fprint(os.Stderr, usage)
@@ -72,6 +76,18 @@ func number(args []string, i, def int) (int, error) {
 		return 0, fmt.Errorf("%q is not a positive number", args[i])
 	}
 	return n, nil
+}
+
+// decimal is number for what need not be whole; its default may be 0.
+func decimal(args []string, i int, def float64) (float64, error) {
+	if i >= len(args) {
+		return def, nil
+	}
+	v, err := strconv.ParseFloat(args[i], 64)
+	if err != nil || v <= 0 || v > 1e6 {
+		return 0, fmt.Errorf("%q is not a positive number", args[i])
+	}
+	return v, nil
 }
 
 // report prints a result as text or as JSON.

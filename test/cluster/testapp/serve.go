@@ -21,10 +21,11 @@ func serve(args []string) error {
 	if len(args) == 2 && args[0] == "--http" {
 		addrs = strings.Split(args[1], ",")
 	} else {
-		go func() { errs <- serveTCP(":9000", func(c net.Conn) { io.Copy(c, c) }) }()
-		go func() { errs <- serveTCP(":9002", func(c net.Conn) { io.Copy(io.Discard, c) }) }()
-		go func() { errs <- serveTCP(":9003", pour) }()
+		for name, addr := range map[string]string{"echo": ":9000", "sink": ":9002", "source": ":9003"} {
+			go func() { errs <- serveTCP(addr, services[name]) }()
+		}
 		go func() { errs <- serveUDP(":9001") }()
+		go func() { errs <- serveBlast(":9004") }()
 	}
 	host, err := os.Hostname()
 	if err != nil {
@@ -33,8 +34,29 @@ func serve(args []string) error {
 	for _, a := range addrs {
 		go func() { errs <- http.ListenAndServe(a, handler(host)) }()
 	}
-	log.Printf("testapp on %s: http %v, echo 9000/tcp 9001/udp, sink 9002, source 9003", host, addrs)
+	log.Printf("testapp on %s: http %v, echo 9000/tcp 9001/udp, sink 9002, source 9003, blasts 9004/udp", host, addrs)
 	return <-errs
+}
+
+// services are what a TCP connection or an upgraded HTTP one can be used for.
+var services = map[string]func(net.Conn){
+	"echo":   func(c net.Conn) { io.Copy(c, c) },
+	"sink":   func(c net.Conn) { io.Copy(io.Discard, c) },
+	"source": pour,
+}
+
+// upgrade makes a stream of raw bytes of an HTTP connection (RFC 9110, section
+// 7.8), for what comes by way of the API server's pods/proxy.
+func upgrade(w http.ResponseWriter, f func(net.Conn)) {
+	c, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: testapp\r\n\r\n"); err == nil {
+		f(c)
+	}
 }
 
 // handler answers HTTP: what it knows of a request, checksums and byte streams.
@@ -69,6 +91,9 @@ func handler(host string) http.Handler {
 		time.Sleep(d)
 		io.WriteString(w, "ok\n")
 	})
+	for name, f := range services {
+		mux.HandleFunc("GET /stream/"+name, func(w http.ResponseWriter, r *http.Request) { upgrade(w, f) })
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		log.Printf("%s %s from %s", r.Method, r.URL, r.RemoteAddr)
 		answer(w, map[string]any{
