@@ -46,7 +46,10 @@ func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a.Unmap().WithZone("")}, nil
 	}
-	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	// A resolver of its own: one that is shared answers all who ask for a name
+	// with the one query under way, and that one may have been lost in a network
+	// that was dead and is not any more.
+	found, err := new(net.Resolver).LookupNetIP(ctx, "ip", host)
 	if err != nil {
 		return nil, err
 	}

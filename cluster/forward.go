@@ -186,6 +186,7 @@ func (u *upgrade) RoundTrip(req *http.Request) (*http.Response, error) {
 func (u *upgrade) dialTCP(_ context.Context, network, address string) (net.Conn, error) {
 	d := net.Dialer{
 		Control:         socketOptions,
+		Resolver:        new(net.Resolver), // see lookup
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 4},
 	}
 	conn, err := d.DialContext(u.dialing, network, address)

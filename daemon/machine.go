@@ -23,6 +23,8 @@ const (
 	maxExcludeAddrs = 256
 	// maxAppeared bounds the notes about networks that appeared inside a range.
 	maxAppeared = 8
+	// redialEvery bounds how often a session may have neighbours asked.
+	redialEvery = 100 * time.Millisecond
 	// minMTU is IPv6's least (RFC 8200, section 5).
 	minMTU, maxMTU = 1280, 65535
 )
@@ -47,6 +49,8 @@ type device struct {
 	name    string
 	router  *router.Router
 	exclude []netip.Addr // API server and proxies
+
+	redialled time.Time // when next hops were asked last
 
 	tun      *os.File // nil until configured
 	ifindex  int
@@ -335,6 +339,31 @@ func (m *machine) exclude(s *session, addrs []netip.Addr) error {
 		return nil
 	}
 	return m.rerouteLocked(d)
+}
+
+// redial helps a session to be through the moment the network is back: the next
+// hops to its API server and to the machine's nameservers are asked again.
+func (m *machine) redial(s *session) {
+	m.mu.Lock()
+	d := m.deviceLocked(s)
+	if time.Since(d.redialled) < redialEvery {
+		m.mu.Unlock()
+		return
+	}
+	d.redialled = time.Now()
+	to := slices.Clone(d.exclude)
+	m.mu.Unlock()
+	facts, err := m.cfg.Router.Local()
+	if err != nil {
+		m.log.Warn("reading the machine's network", "error", err)
+		return
+	}
+	for _, server := range facts.DNS {
+		to = append(to, server.Addr())
+	}
+	if err := router.AskNextHops(to); err != nil {
+		m.log.Debug("asking the next hops", "session", s.id, "error", err)
+	}
 }
 
 func (m *machine) rerouteLocked(d *device) error {

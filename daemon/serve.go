@@ -65,6 +65,10 @@ func (s *session) handlers(conn *link.Conn) {
 		}
 		return ids, nil, nil
 	})
+	conn.Handle(link.MethodRedial, func(context.Context, json.RawMessage, []*os.File) (any, []*os.File, error) {
+		s.sup.machine.redial(s)
+		return nil, nil, nil
+	})
 	conn.Handle(link.MethodStatus, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
 		var r api.Session
 		if err := decode(link.MethodStatus, params, &r); err != nil {

@@ -20,6 +20,8 @@ func Congestion() string { return "" }
 func Local() (*Facts, error)         { return nil, errUnsupported }
 func (e Env) Local() (*Facts, error) { return nil, errUnsupported }
 
+func AskNextHops([]netip.Addr) error { return nil }
+
 type DNS struct{}
 
 func NewDNS(mode string, env Env) (*DNS, error)                     { return nil, errUnsupported }

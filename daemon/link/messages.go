@@ -20,6 +20,7 @@ const (
 	MethodRemember  = "remember"  // json, at most MaxRemember bytes, kept in memory for the next process
 	MethodStatus    = "status"    // api.Session -> nil; what the session knows of itself
 	MethodSessions  = "sessions"  // nil -> []string; ids of all sessions of this session's user
+	MethodRedial    = "redial"    // notification nil; the session tries to reach its API server again
 )
 
 // Methods that the daemon calls on the session.

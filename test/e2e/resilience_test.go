@@ -48,9 +48,11 @@ func firstByte(t *testing.T, limit time.Duration) time.Duration {
 }
 
 // TestShortCuts: the path falls silent for a while, with data under way. The
-// carrier is back a moment after the path is, and every connection goes on.
+// carrier is back a moment after the path is, and every connection goes on. The
+// API server goes by its name, so that names are asked for through the cut, too,
+// and by the end of a minute the machine has forgotten where its gateway is.
 func TestShortCuts(t *testing.T) {
-	connect(t)
+	connectWith(t, editKubeconfig(t, "developer", "172.30.0.10:6443", "api.cluster.test:6443"), "--debug")
 	for _, cut := range []time.Duration{5 * time.Second, 10 * time.Second, 60 * time.Second} {
 		t.Run(cut.String(), func(t *testing.T) {
 			c := dial(t, "tcp", net.JoinHostPort(podIPs(t)[0], "9000"))
@@ -76,8 +78,8 @@ func TestShortCuts(t *testing.T) {
 			case err := <-failed:
 				t.Fatalf("the open connection did not survive: %v", err)
 			}
-			if fresh > 3*time.Second { // the goal is 1 s, on a machine with nothing else to do
-				t.Errorf("a new connection only %v after the path was back", fresh)
+			if fresh > 1500*time.Millisecond { // the goal is 1 s, on a machine with nothing else to do
+				t.Errorf("a new connection only %v after the path was back at %v\nlogs: %v", fresh, back.UTC(), lab.Culvert(netlab.Alice, "logs"))
 			}
 			waitState(t, netlab.Alice, api.Connected, 10*time.Second)
 		})
