@@ -117,6 +117,9 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	}
 	if known.Instance != "" && known.Instance != welcome.Instance {
 		s.log.Info("another agent answers; connections through the old one end", "pod", agent.Pod)
+		s.mu.Lock()
+		s.orphaned = true
+		s.mu.Unlock()
 	}
 	domain := s.names.agentSays(welcome.ResolvConf, s.options.ClusterDomain)
 	if err := s.remember(ctx, func(r *remembered) { r.Instance, r.Domain = welcome.Instance, domain }); err != nil {
@@ -252,6 +255,13 @@ func (s *Session) reconnect(ctx context.Context, tries int, away time.Duration) 
 		s.stream.Close()
 		s.mu.Unlock()
 		return fmt.Errorf("the agent does not answer through the tunnel: %w", err)
+	}
+	s.mu.Lock()
+	orphaned, local := s.orphaned, s.local
+	s.orphaned = false
+	s.mu.Unlock()
+	if orphaned { // after the ping: before there are keys only a few packets may wait
+		s.log.Info("connections through the old agent are told", "connections", local.Challenge())
 	}
 	s.network.activate()
 	return s.network.apply(ctx, true)

@@ -57,6 +57,7 @@ type Session struct {
 	carrier    string          // its dialer's name
 	redials    int
 	peer       string         // the agent's public key that the tunnel has
+	orphaned   bool           // connections may live that the agent does not know
 	agent      *cluster.Agent // as last found, or nil
 
 	introduced  introduction // by the last port-forward

@@ -88,37 +88,6 @@ func TestSessionKilled(t *testing.T) {
 	sh(t, "getent hosts echo.demo")
 }
 
-func TestAgentReplaced(t *testing.T) {
-	s := connect(t)
-	node := kubectl(t, "-n", s.Agent.Namespace, "get", "pod", s.Agent.Pod, "-o", "jsonpath={.spec.nodeName}")
-	kubectl(t, "cordon", node)
-	t.Cleanup(func() { kubectl(t, "uncordon", node) })
-	// On a cordoned node the agent lives on.
-	alive := longLived(t)
-	alive(5 * time.Second)
-	c := dial(t, "tcp", net.JoinHostPort(podIPs(t)[0], "9000"))
-	kubectl(t, "-n", s.Agent.Namespace, "delete", "pod", s.Agent.Pod, "--wait=false")
-	eventually(t, 60*time.Second, func() error {
-		if now := status(t, netlab.Alice)[0]; now.State != api.Connected || now.Agent.Pod == s.Agent.Pod {
-			return fmt.Errorf("no other agent yet: %s %s, %s", now.State, now.Cause, now.Agent.Pod)
-		}
-		return nil
-	})
-	fresh(t, 5*time.Second)
-	// The open connection lived in the old agent: it ends, with a reset and not
-	// with silence, once the new agent is asked about it.
-	if err := tryEcho(c, []byte("gone?"), 10*time.Second); err == nil {
-		t.Error("a connection of the old agent goes on?")
-	} else if ne, ok := err.(net.Error); ok && ne.Timeout() {
-		t.Error("a connection of the old agent hangs instead of ending")
-	}
-	after := waitState(t, netlab.Alice, api.Connected, 10*time.Second)
-	if after.Agent.Pod == s.Agent.Pod || after.Agent.Node == node {
-		t.Errorf("want another agent on the other node, have %+v", after.Agent)
-	}
-	sh(t, "getent hosts echo.demo")
-}
-
 func TestAPIServerRestarted(t *testing.T) {
 	connect(t)
 	alive := longLived(t)

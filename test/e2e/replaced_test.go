@@ -1,0 +1,158 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/test/netlab"
+)
+
+// TestAgentReplaced: whatever ends the agent, the session goes on with another
+// one at the same addresses. Only the connections that lived in the old one end,
+// by a reset and as soon as there is a new one, also those in which a program
+// only waits. Datagrams and pings go on, and what is dialled meanwhile waits.
+func TestAgentReplaced(t *testing.T) {
+	s := connect(t, "--debug")
+	for name, end := range map[string]func(*testing.T, api.Session){
+		"pod deleted": func(t *testing.T, s api.Session) {
+			kubectl(t, "-n", s.Agent.Namespace, "delete", "pod", s.Agent.Pod, "--wait=false")
+		},
+		"pod evicted": func(t *testing.T, s api.Session) {
+			eviction := fmt.Sprintf(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":%q,"namespace":%q}}`, s.Agent.Pod, s.Agent.Namespace)
+			r := lab.Kubectl("", strings.NewReader(eviction), "create", "--raw", fmt.Sprintf("/api/v1/namespaces/%s/pods/%s/eviction", s.Agent.Namespace, s.Agent.Pod), "-f", "-")
+			if r.Code != 0 {
+				t.Fatal(r)
+			}
+		},
+		"node drained": func(t *testing.T, s api.Session) {
+			t.Cleanup(func() { kubectl(t, "uncordon", s.Agent.Node) })
+			kubectl(t, "drain", s.Agent.Node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector=app.kubernetes.io/managed-by=culvert", "--timeout=30s")
+		},
+		"Deployment deleted": func(t *testing.T, s api.Session) {
+			deployment := kubectl(t, "-n", s.Agent.Namespace, "get", "deployment", "-l", "culvert.dev/session="+s.ID, "-o", "name")
+			kubectl(t, "-n", s.Agent.Namespace, "delete", deployment, "--wait=false")
+		},
+		// As the kernel does it when the memory is full: the pod stays.
+		"container killed": killAgent,
+	} {
+		t.Run(name, func(t *testing.T) { replaceAgent(t, s, end) })
+	}
+	now := waitState(t, netlab.Alice, api.Connected, 10*time.Second)
+	if now.PID != s.PID || now.Device != s.Device || fmt.Sprint(now.Addresses) != fmt.Sprint(s.Addresses) {
+		t.Errorf("want the same process and addresses, have %+v after %+v", now, s)
+	}
+	sh(t, "getent hosts echo.demo")
+}
+
+// killAgent is kill -9 of the agent's process.
+func killAgent(t *testing.T, s api.Session) {
+	t.Helper()
+	uid := kubectl(t, "-n", s.Agent.Namespace, "get", "pod", s.Agent.Pod, "-o", "jsonpath={.metadata.uid}")
+	r := lab.Cluster("exec", "--inside", s.Agent.Node, "--", "sh", "-c", fmt.Sprintf(
+		`for p in $(pgrep -x culvert-agent); do if grep -q %q /proc/$p/cgroup; then kill -9 $p && echo killed; fi; done`, uid))
+	if !strings.Contains(r.Stdout, "killed") {
+		t.Fatalf("finding the agent's process: %v", r)
+	}
+}
+
+// outage dials addr again and again, and after stop tells when nothing was
+// answered for the longest time.
+func outage(t *testing.T, addr string) (stop func() (from, to time.Time)) {
+	var mu sync.Mutex
+	answered := []time.Time{time.Now()}
+	done := make(chan struct{})
+	var all sync.WaitGroup
+	all.Go(func() {
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+			all.Go(func() {
+				c, err := within(t, "tcp", addr, 2*time.Second)
+				if err != nil {
+					return
+				}
+				defer c.Close()
+				if tryEcho(c, []byte("new"), 2*time.Second) == nil {
+					mu.Lock()
+					answered = append(answered, time.Now())
+					mu.Unlock()
+				}
+			})
+		}
+	})
+	return func() (from, to time.Time) {
+		close(done)
+		all.Wait()
+		for i := range len(answered) - 1 {
+			if answered[i+1].Sub(answered[i]) > to.Sub(from) {
+				from, to = answered[i], answered[i+1]
+			}
+		}
+		return from, to
+	}
+}
+
+func replaceAgent(t *testing.T, first api.Session, end func(*testing.T, api.Session)) {
+	s := waitState(t, netlab.Alice, api.Connected, 10*time.Second)
+	ip := podIPs(t)[0]
+	addr := net.JoinHostPort(ip, "9000")
+	waiting := dial(t, "tcp", addr)
+	echo(t, waiting, []byte("first"))
+	datagrams := dial(t, "udp", net.JoinHostPort(ip, "9001"))
+	echo(t, datagrams, []byte("first"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	pings := make(chan netlab.Result, 1)
+	go func() { pings <- netlab.Run(lab.Command(ctx, netlab.Root, "ping", "-n", "-i", "0.2", ip)) }()
+	type outcome struct {
+		at  time.Time
+		err error
+	}
+	// A program that sends nothing and waits for an answer.
+	ended := make(chan outcome, 1)
+	go func() {
+		waiting.SetDeadline(time.Now().Add(90 * time.Second))
+		_, err := waiting.Read(make([]byte, 1))
+		ended <- outcome{time.Now(), err}
+	}()
+	stop := outage(t, addr)
+	end(t, s)
+	o := <-ended
+	fresh(t, 20*time.Second)
+	// One that was dialled in between: its SYN comes again after 1, 3 or 7 s.
+	from, to := stop()
+	late := o.at.Sub(to)
+	t.Logf("without an agent for %v; the connection that waited was reset %v after that", to.Sub(from).Round(time.Millisecond), late.Round(time.Millisecond))
+	if !errors.Is(o.err, syscall.ECONNRESET) || late > time.Second || o.at.Before(from) {
+		t.Errorf("a connection that lived in the old agent ended with %v, %v after there was a new one\nlogs: %v", o.err, late, lab.Culvert(netlab.Alice, "logs"))
+	}
+	echo(t, datagrams, []byte("the same socket"))
+	cancel()
+	lines := strings.Split((<-pings).Stdout, "\n")
+	last, sent := 0, 0
+	for _, l := range lines {
+		fmt.Sscanf(l, "64 bytes from "+ip+": icmp_seq=%d", &last)
+		fmt.Sscanf(l, "%d packets transmitted", &sent)
+	}
+	if last < sent-2 {
+		t.Errorf("of %d pings the last answered one is %d", sent, last)
+	}
+	if now := waitState(t, netlab.Alice, api.Connected, 10*time.Second); now.PID != first.PID {
+		t.Errorf("process %d, was %d", now.PID, first.PID)
+	}
+}
