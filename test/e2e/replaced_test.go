@@ -132,9 +132,27 @@ func replaceAgent(t *testing.T, first api.Session, end func(*testing.T, api.Sess
 	}()
 	stop := outage(t, addr)
 	end(t, s)
+	// Those that are dialled on the way succeed later: a SYN comes again.
+	dialled := make(chan error, 5)
+	go func() {
+		for range cap(dialled) {
+			go func() {
+				c, err := within(t, "tcp", addr, time.Minute)
+				if err == nil {
+					c.Close()
+				}
+				dialled <- err
+			}()
+			time.Sleep(300 * time.Millisecond)
+		}
+	}()
 	o := <-ended
+	for range cap(dialled) {
+		if err := <-dialled; err != nil {
+			t.Errorf("dialled while the agent was replaced: %v", err)
+		}
+	}
 	fresh(t, 20*time.Second)
-	// One that was dialled in between: its SYN comes again after 1, 3 or 7 s.
 	from, to := stop()
 	late := o.at.Sub(to)
 	t.Logf("without an agent for %v; the connection that waited was reset %v after that", to.Sub(from).Round(time.Millisecond), late.Round(time.Millisecond))
