@@ -156,6 +156,9 @@ func replaceAgent(t *testing.T, first api.Session, end func(*testing.T, api.Sess
 	from, to := stop()
 	late := o.at.Sub(to)
 	t.Logf("without an agent for %v; the connection that waited was reset %v after that", to.Sub(from).Round(time.Millisecond), late.Round(time.Millisecond))
+	if to.Sub(from) > 3*time.Second {
+		t.Logf("from %v to %v\nlogs: %v", from.UTC(), to.UTC(), lab.Culvert(netlab.Alice, "logs"))
+	}
 	if !errors.Is(o.err, syscall.ECONNRESET) || late > time.Second || o.at.Before(from) {
 		t.Errorf("a connection that lived in the old agent ended with %v, %v after there was a new one\nlogs: %v", o.err, late, lab.Culvert(netlab.Alice, "logs"))
 	}
