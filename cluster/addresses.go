@@ -70,8 +70,8 @@ var errNoAddress = errors.New("no address")
 // proxy is the kubeconfig's proxy-url, else HTTPS_PROXY and NO_PROXY with CIDRs,
 // as client-go has it.
 func (c *Cluster) proxy() func(*http.Request) (*url.URL, error) {
-	if c.config.Proxy != nil {
-		return c.config.Proxy
+	if p := c.access.Load().config.Proxy; p != nil {
+		return p
 	}
 	return utilnet.NewProxierWithNoProxyCIDR(http.ProxyFromEnvironment)
 }

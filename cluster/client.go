@@ -38,11 +38,19 @@ func init() {
 // Client asks an API server for the few kinds of objects that culvert uses. The
 // methods take and return what those of client-go's clientset do, errors are
 // *apierrors.StatusError or the network's. It is safe for concurrent use.
-type Client struct{ rest *rest.RESTClient }
+type Client struct{ rest func() *rest.RESTClient }
 
 // NewClient makes a client of the server that config names, with config's
 // credentials, timeout and rate. It copies config and opens no connection.
 func NewClient(config *rest.Config) (*Client, error) {
+	r, err := newREST(config)
+	if err != nil {
+		return nil, err
+	}
+	return &Client{rest: func() *rest.RESTClient { return r }}, nil
+}
+
+func newREST(config *rest.Config) (*rest.RESTClient, error) {
 	config = rest.CopyConfig(config)
 	// Protobuf costs a fraction of JSON to decode; JSON stays accepted because
 	// aggregated and old servers may not speak it.
@@ -52,16 +60,12 @@ func NewClient(config *rest.Config) (*Client, error) {
 	// Each request names its own path. The version is that of options, which all
 	// groups share; objects go out in the one version that is known of them.
 	config.APIPath, config.GroupVersion = "/api", &corev1.SchemeGroupVersion
-	r, err := rest.RESTClientFor(config)
-	if err != nil {
-		return nil, err
-	}
-	return &Client{rest: r}, nil
+	return rest.RESTClientFor(config)
 }
 
 // Version asks for the server's version, to see whether it answers.
 func (c *Client) Version(ctx context.Context) error {
-	return c.rest.Get().AbsPath("/version").Do(ctx).Error()
+	return c.rest().Get().AbsPath("/version").Do(ctx).Error()
 }
 
 // Pods are those of a namespace, or all for "".
@@ -128,7 +132,7 @@ func reviews[T any, P object[T]](c *Client, prefix, namespace, resource string) 
 
 // request is one for the whole resource.
 func (r Reviews[T]) request(verb string) *rest.Request {
-	return r.client.rest.Verb(verb).AbsPath(r.prefix).NamespaceIfScoped(r.namespace, r.namespace != "").Resource(r.resource)
+	return r.client.rest().Verb(verb).AbsPath(r.prefix).NamespaceIfScoped(r.namespace, r.namespace != "").Resource(r.resource)
 }
 
 // Create returns the object as the server made it.

@@ -16,6 +16,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	_ "k8s.io/client-go/plugin/pkg/client/auth" // OIDC and the messages of removed providers, as in kubectl
@@ -24,7 +26,6 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/culvert-dev/culvert/daemon/api"
-	"github.com/culvert-dev/culvert/internal/version"
 )
 
 // requestTimeout bounds every request but watches and port-forwards. A list
@@ -39,9 +40,14 @@ type Cluster struct {
 	server    *url.URL
 	identity  string
 
-	config *rest.Config // as kubectl would make it; never changed after Open
-	client *Client      // requests, bounded by requestTimeout
-	watch  *Client      // watches, bounded by their contexts only
+	client *Client // requests, bounded by requestTimeout
+	watch  *Client // watches, bounded by their contexts only
+	rules  *clientcmd.ClientConfigLoadingRules
+	access atomic.Pointer[access]
+
+	// mu guards reading the kubeconfig again.
+	mu   sync.Mutex
+	seen string // the kubeconfig's stamp when it was read
 
 	sources *sources
 	names   *Names
@@ -81,55 +87,22 @@ func Open(o api.Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	loaded := clientcmd.NewNonInteractiveClientConfig(*raw, name, &clientcmd.ConfigOverrides{}, rules)
-	config, err := loaded.ClientConfig()
+	c := &Cluster{context: name, rules: rules, namespace: firstOf(o.Namespace, context.Namespace, "default")}
+	c.seen = c.stamp()
+	a, err := c.load()
 	if err != nil {
 		return nil, kubeconfigError(where, err)
 	}
-	if e := config.ExecProvider; e != nil && e.InteractiveMode == clientcmdapi.AlwaysExecInteractiveMode {
-		// A session has no terminal, and client-go would not even start such a
-		// plugin. The CLI has run it with one a moment ago: what the user did
-		// there usually lasts, and a plugin that does want him again fails, which
-		// is shown as "needs login".
-		e.InteractiveMode = clientcmdapi.IfAvailableExecInteractiveMode
-	}
-	c := &Cluster{context: name, config: config}
-	c.namespace = firstOf(o.Namespace, context.Namespace, "default")
-	if c.server, err = parseServer(config.Host); err != nil {
-		return nil, kubeconfigError(where, fmt.Errorf("context %q: %w", name, err))
-	}
-	if err := rest.LoadTLSFiles(config); err != nil {
+	c.access.Store(a)
+	if c.server, err = parseServer(a.config.Host); err != nil {
 		return nil, kubeconfigError(where, err)
 	}
-	c.identity = identity(config.CAData, c.server)
-	if err := c.connectClients(); err != nil {
-		return nil, kubeconfigError(where, err)
-	}
-	return c, nil
-}
-
-// connectClients makes the clients; it opens no connection.
-func (c *Cluster) connectClients() error {
-	// A session asks little, but in bursts: a dozen access reviews and list
-	// pages while it connects. client-go's default of 5 a second would take
-	// longer than the connection itself.
-	c.config.QPS, c.config.Burst = 50, 100
-	c.config.UserAgent = "culvert/" + version.Version
-	c.config.WarningHandler = rest.NoWarnings{}
-	c.config.WarningHandlerWithContext = rest.NoWarnings{}
-
-	bounded := rest.CopyConfig(c.config)
-	bounded.Timeout = requestTimeout
-	var err error
-	if c.client, err = NewClient(bounded); err != nil {
-		return err
-	}
-	if c.watch, err = NewClient(c.config); err != nil {
-		return err
-	}
+	c.identity = a.identity
+	c.client = &Client{rest: func() *rest.RESTClient { return c.current().client }}
+	c.watch = &Client{rest: func() *rest.RESTClient { return c.current().watch }}
 	c.sources = c.newSources()
 	c.names = &Names{services: c.sources.services}
-	return nil
+	return c, nil
 }
 
 // findContext names the contexts that exist when the wanted one does not.
@@ -219,7 +192,7 @@ func identity(ca []byte, server *url.URL) string {
 func (c *Cluster) Context() string { return c.context }
 
 // Server is the API server's URL, as the kubeconfig has it.
-func (c *Cluster) Server() string { return c.config.Host }
+func (c *Cluster) Server() string { return c.access.Load().config.Host }
 
 // Namespace is the chosen namespace, else the context's own, else "default".
 func (c *Cluster) Namespace() string { return c.namespace }

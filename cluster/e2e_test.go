@@ -445,11 +445,8 @@ func TestAddressesAndUnreachable(t *testing.T) {
 	}
 	closed := l.Addr().String()
 	l.Close()
-	c.config.Host = "https://" + closed
-	if c.server, err = parseServer(c.config.Host); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.connectClients(); err != nil {
+	path := writeKubeconfig(t, strings.ReplaceAll(kubeconfigText, "10.1.1.1:6443", closed))
+	if c, err = Open(api.Options{Kubeconfig: path}); err != nil {
 		t.Fatal(err)
 	}
 	wantCode(t, c.Preflight(within(t, 10*time.Second), testAgent("e2epre", testImage)), api.CodeUnreachable, closed)

@@ -156,7 +156,8 @@ type upgrade struct {
 }
 
 func (c *Cluster) newUpgrade(ctx context.Context, way upgradeFunc) (*upgrade, error) {
-	config, err := c.config.TransportConfig()
+	now := c.current().config
+	config, err := now.TransportConfig()
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +172,7 @@ func (c *Cluster) newUpgrade(ctx context.Context, way upgradeFunc) (*upgrade, er
 	u.tls = u.tls.Clone()
 	u.tls.NextProtos = []string{"http/1.1"}
 	u.tls.DynamicRecordSizingDisabled = true // small records are for web pages
-	if u.wrapped, err = rest.HTTPWrappersForConfig(c.config, u); err != nil {
+	if u.wrapped, err = rest.HTTPWrappersForConfig(now, u); err != nil {
 		return nil, err
 	}
 	return u, nil

@@ -126,11 +126,11 @@ func TestAddresses(t *testing.T) {
 	}
 	// A name that only the proxy resolves.
 	c.server = &url.URL{Scheme: "https", Host: "api.invalid"}
-	c.config.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse("http://[::1]:3128") }
+	c.access.Load().config.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse("http://[::1]:3128") }
 	if addrs, err := c.Addresses(t.Context()); err != nil || fmt.Sprint(addrs) != "[::1]" {
 		t.Errorf("%v, %v", addrs, err)
 	}
-	c.config.Proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
+	c.access.Load().config.Proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
 	var e *api.Error
 	if _, err := c.Addresses(t.Context()); !errors.As(err, &e) || e.Code != api.CodeUnreachable {
 		t.Errorf("%v", err)
@@ -150,7 +150,7 @@ func TestOpenLowersInteractiveMode(t *testing.T) {
 		if mode == "Always" {
 			want = "IfAvailable"
 		}
-		if got := string(c.config.ExecProvider.InteractiveMode); got != want {
+		if got := string(c.access.Load().config.ExecProvider.InteractiveMode); got != want {
 			t.Errorf("interactiveMode %s became %s, want %s", mode, got, want)
 		}
 	}

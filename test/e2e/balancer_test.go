@@ -22,6 +22,7 @@ import (
 // laptop's neighbour.
 type balancer struct {
 	idle, life time.Duration // 0: never
+	servers    []string      // the API server if empty; in turn, those that answer
 	opened     atomic.Int64
 	cuts       atomic.Int64
 }
@@ -30,6 +31,9 @@ type balancer struct {
 func (b *balancer) behind(t *testing.T) (config string) {
 	t.Helper()
 	const addr, server = "192.168.50.9:6443", "172.30.0.10:6443"
+	if len(b.servers) == 0 {
+		b.servers = []string{server}
+	}
 	var l net.Listener
 	if err := netlab.In("lan", func() (err error) {
 		l, err = net.Listen("tcp", addr)
@@ -44,19 +48,25 @@ func (b *balancer) behind(t *testing.T) (config string) {
 			if err != nil {
 				return
 			}
-			var up net.Conn
-			if err := netlab.In("lan", func() (err error) {
-				up, err = net.DialTimeout("tcp", server, 5*time.Second)
-				return err
-			}); err != nil {
-				c.Close()
-				continue
-			}
-			b.opened.Add(1)
-			go b.pass(c.(*net.TCPConn), up.(*net.TCPConn))
+			go b.serve(c.(*net.TCPConn))
 		}
 	}()
 	return editKubeconfig(t, "developer", `"server": "https://`+server+`"`, `"server": "https://`+addr+`", "tls-server-name": "api.cluster.test"`)
+}
+
+func (b *balancer) serve(down *net.TCPConn) {
+	turn := int(b.opened.Add(1))
+	for i := range b.servers {
+		var up net.Conn
+		if err := netlab.In("cp", func() (err error) {
+			up, err = net.DialTimeout("tcp", b.servers[(turn+i)%len(b.servers)], 5*time.Second)
+			return err
+		}); err == nil {
+			b.pass(down, up.(*net.TCPConn))
+			return
+		}
+	}
+	down.Close()
 }
 
 func (b *balancer) pass(down, up *net.TCPConn) {

@@ -88,22 +88,6 @@ func TestSessionKilled(t *testing.T) {
 	sh(t, "getent hosts echo.demo")
 }
 
-func TestAPIServerRestarted(t *testing.T) {
-	connect(t)
-	alive := longLived(t)
-	r := lab.Cluster("exec", "--inside", "cp", "--", "sh", "-c", "pgrep -x kube-apiserver || pgrep -f ^kube-apiserver")
-	var pid int
-	if _, err := fmt.Sscan(r.Stdout, &pid); err != nil {
-		t.Fatalf("finding the API server: %v", r)
-	}
-	if r := lab.Cluster("exec", "--inside", "cp", "--", "kill", "-KILL", fmt.Sprint(pid)); r.Code != 0 {
-		t.Fatal(r)
-	}
-	alive(60 * time.Second)
-	waitState(t, netlab.Alice, api.Connected, 60*time.Second)
-	fresh(t, 10*time.Second)
-}
-
 // TestDaemonKilled: after kill -9 of the daemon the machine's own network is
 // whole at once, and the next start or `culvertd cleanup` leaves nothing.
 func TestDaemonKilled(t *testing.T) {

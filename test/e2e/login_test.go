@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -166,4 +167,93 @@ func TestPluginUnderTheUnit(t *testing.T) {
 			t.Errorf("the plugin wrote nothing to %s", path)
 		}
 	}
+}
+
+// TestTokenReplaced: the token in the kubeconfig ends, and another is written
+// there, as a login does it. The carrier that is up does not care; what comes
+// after it waits for the login and then goes on by itself, watches included.
+func TestTokenReplaced(t *testing.T) {
+	apply(t, `
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: renewed, namespace: demo}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: renewed}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-viewer}
+subjects: [{kind: ServiceAccount, name: renewed, namespace: demo}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: renewed, namespace: demo}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-user}
+subjects: [{kind: ServiceAccount, name: renewed, namespace: demo}]
+`)
+	// A token ends when the Secret is deleted that it is bound to.
+	token := func(secret string) string {
+		apply(t, "{apiVersion: v1, kind: Secret, metadata: {name: "+secret+", namespace: demo}}")
+		return kubectl(t, "-n", "demo", "create", "token", "renewed", "--bound-object-kind=Secret", "--bound-object-name="+secret)
+	}
+	text, err := os.ReadFile(kubeconfig(t, "", "developer"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp(lab.Home(netlab.Alice), "token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(dir, "config")
+	login := func(token string) {
+		t.Helper()
+		user := regexp.MustCompile(`"client-(certificate|key)-data": "[^"]*"`)
+		first := true
+		with := user.ReplaceAllStringFunc(string(text), func(string) string {
+			if first {
+				first = false
+				return `"token": "` + token + `"`
+			}
+			return `"username": ""`
+		})
+		if err := os.WriteFile(config, []byte(with), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	login(token("renewed-1"))
+	connectWith(t, config)
+	alive := longLived(t)
+	s := waitCarrier(t, "pods/proxy", 5*time.Second)
+	kubectl(t, "-n", "demo", "delete", "secret", "renewed-1")
+	time.Sleep(15 * time.Second) // longer than the API server remembers a token
+	alive(time.Second)
+	if now := status(t, netlab.Alice)[0]; now.State != api.Connected || now.Carrier.Redials != s.Carrier.Redials {
+		t.Errorf("the carrier that was up: %+v", now)
+	}
+	link(t, "--cut", "on")
+	waitState(t, netlab.Alice, api.Reconnecting, 10*time.Second)
+	link(t, "--cut", "off")
+	waiting := waitState(t, netlab.Alice, api.NeedsLogin, 20*time.Second)
+	if !strings.Contains(waiting.Cause, "credentials") {
+		t.Errorf("the cause does not tell: %q", waiting.Cause)
+	}
+	begun := time.Now()
+	login(token("renewed-2"))
+	now := waitState(t, netlab.Alice, api.Connected, 20*time.Second)
+	t.Logf("connected %v after the login", time.Since(begun).Round(time.Millisecond))
+	alive(5 * time.Second)
+	if now.PID != s.PID {
+		t.Errorf("process %d, was %d", now.PID, s.PID)
+	}
+	// A Service that appears is known, so the watches have the new token, too.
+	apply(t, "{apiVersion: v1, kind: Service, metadata: {name: after-login, namespace: demo}, spec: {ports: [{port: 80}]}}")
+	eventually(t, 20*time.Second, func() error {
+		if r := lab.Run(netlab.Alice, "getent", "hosts", "after-login.demo"); r.Code != 0 {
+			return fmt.Errorf("after-login.demo is not known: %v", r)
+		}
+		return nil
+	})
 }
