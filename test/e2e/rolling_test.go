@@ -29,7 +29,17 @@ func inControlPlane(t *testing.T, script string) string {
 // endServer sends the API server at a port a signal.
 func endServer(t *testing.T, port int, signal string) {
 	t.Helper()
-	inControlPlane(t, fmt.Sprintf(`kill -%s $(pgrep -f -- ^kube-apiserver.*--secure-port=%d)`, signal, port))
+	inControlPlane(t, fmt.Sprintf(`kill -%s $(pgrep -f -- ^kube-apiserver.*--secure-port=%d) || true`, signal, port))
+}
+
+// upgradeServer ends the API server at a port as an upgrade does: it is told to
+// go, refuses connections from then on, serves those that it has, and is killed
+// when it takes too long.
+func upgradeServer(t *testing.T, port int) {
+	t.Helper()
+	endServer(t, port, "TERM")
+	time.Sleep(3 * time.Second)
+	endServer(t, port, "KILL")
 }
 
 // awaitServer waits until the API server at a port is ready.
@@ -89,9 +99,13 @@ func traffic(t *testing.T) (stop func() (connection, name time.Duration)) {
 			}
 		})
 	}
-	return func() (time.Duration, time.Duration) {
+	end := sync.OnceFunc(func() {
 		close(done)
 		both.Wait()
+	})
+	t.Cleanup(end)
+	return func() (time.Duration, time.Duration) {
+		end()
 		return longest[0], longest[1]
 	}
 }
@@ -100,20 +114,14 @@ func traffic(t *testing.T) (stop func() (connection, name time.Duration)) {
 // after the other. Connections live on and names are answered.
 func TestRollingRestart(t *testing.T) {
 	startSecond(t)
-	second := true
-	t.Cleanup(func() {
-		if second {
-			endServer(t, 6444, "KILL")
-		}
-	})
+	t.Cleanup(func() { endServer(t, 6444, "KILL") })
 	b := &balancer{servers: []string{"172.30.0.10:6443", "172.30.0.10:6444"}}
 	connectWith(t, b.behind(t), "--debug")
 	waitCarrier(t, "", 5*time.Second)
 	var longest []time.Duration
 	for _, port := range []int{6443, 6444, 6443} {
 		stop := traffic(t)
-		endServer(t, port, "TERM")
-		time.Sleep(3 * time.Second)
+		upgradeServer(t, port)
 		if port == 6443 { // the machine starts it again
 			awaitServer(t, port)
 		} else {
@@ -136,11 +144,13 @@ func TestRollingRestart(t *testing.T) {
 // upgraded. The session is there again as soon as the server is.
 func TestAPIServerRestarted(t *testing.T) {
 	connect(t)
-	for _, signal := range []string{"KILL", "TERM"} {
-		t.Run(signal, func(t *testing.T) {
+	for name, end := range map[string]func(*testing.T, int){
+		"killed": func(t *testing.T, port int) { endServer(t, port, "KILL") }, "upgraded": upgradeServer,
+	} {
+		t.Run(name, func(t *testing.T) {
 			stop := traffic(t)
 			begun := time.Now()
-			endServer(t, 6443, signal)
+			end(t, 6443)
 			time.Sleep(500 * time.Millisecond)
 			awaitServer(t, 6443)
 			up := time.Since(begun)
