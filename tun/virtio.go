@@ -74,7 +74,8 @@ func Prepare(hdr, packet []byte, mtu int) {
 }
 
 // Splitter makes ordinary packets with finished checksums of what the kernel
-// handed over, or Prepare prepared: for a peer that does not take super-packets.
+// handed over, or Prepare prepared: for a peer that does not take super-packets,
+// or a path that does not.
 type Splitter struct {
 	packet  []byte
 	p       Packet
@@ -121,6 +122,44 @@ func NewSplitter(hdr, packet []byte) (Splitter, error) {
 	}
 	s.field, s.at = s.p.L4+16, s.headers
 	return s, nil
+}
+
+// Unfinished begins with a packet that has no virtio header, of a stack that
+// leaves the checksums of TCP to its device. The packet must stay untouched until
+// Next has returned 0.
+func Unfinished(packet []byte) (Splitter, error) {
+	s := Splitter{packet: packet}
+	var ok bool
+	if s.p, ok = Parse(packet); !ok {
+		return s, errPacket
+	}
+	if s.p.Proto == ProtoTCP && !s.p.Fragment() && len(packet) >= s.p.L4+20 {
+		s.field = s.p.L4 + 16
+	}
+	return s, nil
+}
+
+// Limit makes segments of TCP at most n bytes long, headers included; it comes
+// before Next. Any sender may cut his data as he likes, so an ordinary packet is
+// cut as well. What is not TCP stays as long as it is.
+func (s *Splitter) Limit(n int) {
+	const flagSYN, flagRST, flagURG = 0x02, 0x04, 0x20
+	if s.size == 0 {
+		p := &s.p
+		if len(s.packet) <= n || p.Proto != ProtoTCP || p.Fragment() || p.Routed || len(s.packet) < p.L4+20 ||
+			s.packet[p.L4+13]&(flagSYN|flagRST|flagURG) != 0 {
+			return
+		}
+		s.headers = p.L4 + int(s.packet[p.L4+12]>>4)*4
+		if s.headers < p.L4+20 || s.headers >= len(s.packet) || s.headers >= n {
+			return
+		}
+		s.field, s.at, s.size = p.L4+16, s.headers, n-s.headers
+		return
+	}
+	if n > s.headers {
+		s.size = min(s.size, n-s.headers)
+	}
 }
 
 // Next writes the next packet to dst and returns its length, 0 after the last

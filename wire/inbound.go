@@ -59,7 +59,7 @@ func (l *Local) SetTargets(targets map[uint16]netip.AddrPort) error {
 		if len(targets) == 0 {
 			return nil // no netstack until one is needed
 		}
-		ep := netstack.New(netstack.Config{MTU: l.mtu, GSO: l.gso})
+		ep := netstack.New(netstack.Config{MTU: l.mtu, GSO: true, Split: l.limit})
 		s, err := netstack.NewStack(ep)
 		if err != nil {
 			return err

@@ -33,8 +33,11 @@ type LocalConfig struct {
 	Agent   []netip.Addr // the agent's addresses in the tunnel
 	Inbound []netip.Addr // where the session's own netstack answers the cluster
 	MTU     int
-	GSO     bool // the peer takes super-packets (carrier.FeatureGSO)
-	Log     *slog.Logger
+	// Split says how long packets may be, headers included, at the moment; 0: the
+	// peer and the path take super-packets (carrier.FeatureGSO). It is asked for
+	// each batch.
+	Split func() int
+	Log   *slog.Logger
 }
 
 // Local is the session's end of the tunnel, a tun.Device for WireGuard: the
@@ -46,7 +49,7 @@ type Local struct {
 	own     []netip.Addr
 	inAddrs []netip.Addr
 	mtu     int
-	gso     bool
+	limit   func() int
 	log     *slog.Logger
 	events  chan wgtun.Event
 	side    *side
@@ -56,7 +59,7 @@ type Local struct {
 	// Of the one goroutine in Read.
 	views   [localBatch][]byte
 	sizes   [localBatch]int
-	scratch []byte       // a super-packet that is being split for a peer without GSO
+	scratch []byte       // a super-packet that is being split; nil until there is one
 	split   tun.Splitter //
 	pending bool         // split has more
 
@@ -73,14 +76,14 @@ var _ wgtun.Device = (*Local)(nil)
 func NewLocal(cfg LocalConfig) *Local {
 	l := &Local{
 		tun: cfg.TUN, filter: newFilter(cfg.Tunnel), own: cfg.Tunnel, inAddrs: cfg.Inbound,
-		mtu: cfg.MTU, gso: cfg.GSO, log: cfg.Log, events: make(chan wgtun.Event, 1),
+		mtu: cfg.MTU, limit: cfg.Split, log: cfg.Log, events: make(chan wgtun.Event, 1),
 	}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}
 	l.side = newSide(l.tun.Wake)
-	if !l.gso {
-		l.scratch = make([]byte, tun.HeaderLen+65535)
+	if l.limit == nil {
+		l.limit = func() int { return 0 }
 	}
 	l.Seed(OpenFlows(cfg.Tunnel))
 	l.events <- wgtun.EventUp
@@ -107,10 +110,10 @@ func (l *Local) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 		n := l.side.take(bufs, sizes, offset, sideLimit)
 		var k int
 		var err error
-		if l.gso {
-			k, err = l.readWhole(bufs[n:], sizes[n:], offset, n == 0)
+		if limit := l.limit(); limit > 0 || l.pending {
+			k, err = l.readSplit(bufs[n:], sizes[n:], offset, n == 0, limit)
 		} else {
-			k, err = l.readSplit(bufs[n:], sizes[n:], offset, n == 0)
+			k, err = l.readWhole(bufs[n:], sizes[n:], offset, n == 0)
 		}
 		if n += k; n > 0 {
 			return n, nil
@@ -151,11 +154,18 @@ func (l *Local) readWhole(bufs [][]byte, sizes []int, offset int, block bool) (i
 	return n, err
 }
 
-// readSplit reads one packet of the kernel and makes ordinary ones of it.
-func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool) (int, error) {
+// readSplit reads the kernel's packets and makes ordinary ones of them, of at
+// most limit bytes if they can be cut; 0 only ends what was begun.
+func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool, limit int) (int, error) {
+	if l.scratch == nil {
+		l.scratch = make([]byte, tun.HeaderLen+65535)
+	}
 	n := 0
 	for n < len(bufs) {
 		if !l.pending {
+			if limit == 0 {
+				break
+			}
 			l.views[0] = l.scratch
 			k, err := l.tun.ReadBatch(l.views[:1], l.sizes[:1], 1, block && n == 0)
 			if k == 0 {
@@ -172,6 +182,7 @@ func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool) (i
 			if l.split, err = tun.NewSplitter(l.scratch, packet); err != nil {
 				continue
 			}
+			l.split.Limit(limit)
 			l.pending = true
 		}
 		size := l.split.Next(bufs[n][offset:min(len(bufs[n]), offset+maxPacket)])
@@ -216,12 +227,7 @@ func (l *Local) write(b []byte, offset int) reason {
 	if r != pass {
 		return r
 	}
-	hdr := b[offset-tun.HeaderLen : offset]
-	if l.gso {
-		tun.Prepare(hdr, packet, l.mtu)
-	} else {
-		clear(hdr) // the kernel checks the checksum
-	}
+	tun.Prepare(b[offset-tun.HeaderLen:offset], packet, l.mtu)
 	if _, err := l.tun.Write(b[offset-tun.HeaderLen:]); err != nil {
 		return dropDevice
 	}

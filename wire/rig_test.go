@@ -179,7 +179,7 @@ func newRig(t testing.TB, gso bool) *rig {
 	r := &rig{near: newNamespace(t), far: newNamespace(t)}
 	d := r.near.device(t, nearAddrs, farAddrs)
 	// OpenFlows reads the thread's namespace only where the process lives in it.
-	r.local = NewLocal(LocalConfig{TUN: d, Tunnel: nearAddrs, MTU: testMTU, GSO: gso})
+	r.local = NewLocal(LocalConfig{TUN: d, Tunnel: nearAddrs, MTU: testMTU, Split: split(gso)})
 	r.join(t, r.local, newFar(r.far.device(t, farAddrs, nearAddrs), gso))
 	return r
 }
@@ -260,4 +260,14 @@ func (r *rig) connect(t testing.TB, to netip.Addr) (near, farConn net.Conn) {
 	}
 	t.Cleanup(func() { near.Close(); farConn.Close() })
 	return near, farConn
+}
+
+// split is LocalConfig.Split of a peer that takes super-packets or not.
+func split(gso bool) func() int {
+	return func() int {
+		if gso {
+			return 0
+		}
+		return testMTU
+	}
 }

@@ -197,7 +197,7 @@ func TestInbound(t *testing.T) {
 	in := netip.MustParseAddr("10.77.0.3")
 	r := &rig{near: newNamespace(t), far: newNamespace(t)}
 	r.local = NewLocal(LocalConfig{TUN: r.near.device(t, nearAddrs, farAddrs), Tunnel: nearAddrs,
-		Inbound: []netip.Addr{in}, MTU: testMTU, GSO: true})
+		Inbound: []netip.Addr{in}, MTU: testMTU})
 	r.join(t, r.local, newFar(r.far.device(t, farAddrs, append([]netip.Addr{in}, nearAddrs...)), true))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

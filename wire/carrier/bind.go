@@ -46,16 +46,20 @@ type BindConfig struct {
 	// repetition that is held here goes out the moment a stream is back. WireGuard
 	// refuses keys that are older than 3 min, so 2 min are a sensible most.
 	Hold time.Duration
+	// Datagrams is the UDP way beside the streams, nil for none. The Bind owns it
+	// and closes it.
+	Datagrams *Datagrams
 }
 
 // Stats counts what a Bind moved: WireGuard messages and their bytes.
 type Stats struct {
 	Sent, Received               uint64 // bytes
 	SentPackets, ReceivedPackets uint64
-	Dropped                      uint64 // packets that found no stream, or whose stream ended
-	Streams                      uint64 // attached so far
-	Stalls                       uint64 // times that a gate had to probe
-	HeldBytes, HeldPackets       int    // inside WireGuard on the way out, now
+	Dropped                      uint64        // packets that found no stream, or whose stream ended
+	Streams                      uint64        // attached so far
+	Stalls                       uint64        // times that a gate had to probe
+	HeldBytes, HeldPackets       int           // inside WireGuard on the way out, now
+	Datagrams                    DatagramStats // what went by UDP, which is in the sums above
 }
 
 // Endpoint is how the one peer of a Bind is written in WireGuard's
@@ -80,6 +84,8 @@ type Bind struct {
 	out, in *gate
 	gating  atomic.Bool // a device is at the other end of the gates
 	hold    time.Duration
+	udp     *Datagrams // nil: none
+	udpIn   *gate      // of what comes by it
 
 	sent, rcvd, sentPkts, rcvdPkts, dropped, streams atomic.Uint64
 
@@ -99,12 +105,16 @@ func NewBind(cfg BindConfig) *Bind {
 	if cfg.GatePackets == 0 {
 		cfg.GatePackets = gatePackets
 	}
-	return &Bind{
+	b := &Bind{
 		out:     newGate(cfg.GateBytes, cfg.GatePackets, outStall, 0, 1),
 		in:      newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
 		hold:    cfg.Hold,
+		udp:     cfg.Datagrams,
+		udpIn:   newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
 		changed: make(chan struct{}),
 	}
+	b.udpIn.unit = shortUnit
+	return b
 }
 
 // Attach makes s the stream in use and ends the one before it. The Bind owns s:
@@ -182,8 +192,15 @@ func (b *Bind) Stats() Stats {
 		SentPackets: b.sentPkts.Load(), ReceivedPackets: b.rcvdPkts.Load(),
 		Dropped: b.dropped.Load(), Streams: b.streams.Load(),
 	}
+	if b.udp != nil {
+		st.Datagrams = b.udp.Stats()
+		st.Sent += st.Datagrams.Sent
+		st.SentPackets += st.Datagrams.SentPackets
+		st.Received += st.Datagrams.Received
+		st.ReceivedPackets += st.Datagrams.ReceivedPackets
+	}
 	st.HeldBytes, st.HeldPackets = b.out.held()
-	for _, g := range []*gate{b.out, b.in} {
+	for _, g := range []*gate{b.out, b.in, b.udpIn} {
 		g.mu.Lock()
 		st.Stalls += g.stalls
 		g.mu.Unlock()
@@ -203,9 +220,16 @@ func (b *Bind) Open(uint16) ([]conn.ReceiveFunc, uint16, error) {
 	}
 	closed := make(chan struct{})
 	b.closed = closed
-	return []conn.ReceiveFunc{func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+	fns := []conn.ReceiveFunc{func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 		return b.receive(closed, msgs, sizes, eps)
-	}}, 1, nil
+	}}
+	if b.udp != nil {
+		b.udp.resume()
+		fns = append(fns, func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+			return b.receiveUDP(closed, msgs, sizes, eps)
+		})
+	}
+	return fns, 1, nil
 }
 
 // Close implements conn.Bind: it releases Send and the receive function. An
@@ -222,6 +246,12 @@ func (b *Bind) close(force bool) error {
 	if b.closed != nil {
 		close(b.closed)
 		b.closed = nil
+	}
+	if b.udp != nil {
+		b.udp.pause()
+		if force {
+			b.udp.Close()
+		}
 	}
 	open := []*Stream{b.old, b.cur}
 	b.old, b.cur = nil, nil
@@ -298,6 +328,17 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		b.out.busy.Add(-1)
 		b.out.leave(msgs)
 	}()
+	if b.udp != nil {
+		rest := b.udp.send(msgs)
+		if len(rest) == 0 {
+			return nil
+		}
+		return b.sendByStream(rest)
+	}
+	return b.sendByStream(msgs)
+}
+
+func (b *Bind) sendByStream(msgs [][]byte) error {
 	s, changed, closed := b.live()
 	if closed == nil {
 		return net.ErrClosed
@@ -383,6 +424,27 @@ func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps [
 		b.rcvdPkts.Add(uint64(n))
 		return n, nil
 	}
+}
+
+// receiveUDP is the ReceiveFunc of Datagrams.
+func (b *Bind) receiveUDP(closed <-chan struct{}, msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+	gating := b.gating.Load()
+	k := len(msgs)
+	if gating {
+		if k = min(k, b.udpIn.wait(closed)); k == 0 {
+			return 0, net.ErrClosed
+		}
+	}
+	n, err := b.udp.receive(msgs[:k], sizes)
+	data := false
+	for i := range n {
+		eps[i] = &b.ep
+		data = data || isData(msgs[i][:sizes[i]])
+	}
+	if gating && (data || n > 8) {
+		b.udpIn.enter(msgs, sizes, n)
+	}
+	return n, err
 }
 
 // isData tells a WireGuard message that carries a packet from handshakes and

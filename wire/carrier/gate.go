@@ -17,6 +17,10 @@ import (
 // written at one end of it is found at the other.
 const tagLen = 16
 
+// How long a packet may be, in bytes, where super-packets travel and where
+// ordinary ones do.
+const longUnit, shortUnit = 64 << 10, 2 << 10
+
 // A gate bounds what is inside WireGuard in one direction, in bytes and in
 // packets. wireguard-go's own queues hold 1,024 batches of 128 packets in
 // 64 KiB buffers each, and nothing in them pushes back.
@@ -33,6 +37,7 @@ type gate struct {
 	probe                int           // packets let in when stalled
 	idle                 time.Duration // nothing entered for so long: all is out; 0: do not conclude that
 	magic                uint32        // tells this gate's tags from the other's and from garbage
+	unit                 uint64        // bytes: how long a packet may be; of the one goroutine that waits
 
 	busy   atomic.Int32  // somebody works at the way out: slow, not stuck
 	signal chan struct{} // capacity 1: something came out
@@ -49,7 +54,7 @@ func newGate(maxBytes, maxPackets int, stall, idle time.Duration, probe int) *ga
 	g := &gate{
 		maxBytes: uint64(maxBytes), maxPackets: uint64(maxPackets),
 		stall: stall, idle: idle, probe: probe,
-		magic: rand.Uint32() | 1, signal: make(chan struct{}, 1),
+		magic: rand.Uint32() | 1, unit: longUnit, signal: make(chan struct{}, 1),
 		timer: time.NewTimer(time.Hour),
 	}
 	g.timer.Stop()
@@ -67,8 +72,8 @@ func (g *gate) credit() int {
 	if bytes >= g.maxBytes || packets >= g.maxPackets {
 		return 0
 	}
-	// A packet may have 64 KiB: so no more than one can pass the bound in part.
-	return int(min((g.maxBytes-bytes)>>16+1, g.maxPackets-packets))
+	// So no more than one can pass the bound in part.
+	return int(min((g.maxBytes-bytes)/g.unit+1, g.maxPackets-packets))
 }
 
 // wait returns how many packets may enter, at least one, or 0 when closed is.
@@ -165,6 +170,10 @@ func (b *Bind) Gate(d tun.Device) tun.Device {
 }
 
 func (g *gated) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	g.b.out.unit = longUnit
+	if g.b.udp.MaxPacket(shortUnit) > 0 {
+		g.b.out.unit = shortUnit
+	}
 	k := g.b.out.wait(g.done) // 0 when closed: then the device's Read says so
 	if k = max(k, 1); k < len(bufs) {
 		bufs, sizes = bufs[:k], sizes[:k]
@@ -178,9 +187,12 @@ func (g *gated) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 
 func (g *gated) Write(bufs [][]byte, offset int) (int, error) {
 	g.b.in.busy.Add(1)
+	g.b.udpIn.busy.Add(1)
 	n, err := g.Device.Write(bufs, offset)
 	g.b.in.busy.Add(-1)
+	g.b.udpIn.busy.Add(-1)
 	g.b.in.leave(bufs)
+	g.b.udpIn.leave(bufs)
 	return n, err
 }
 

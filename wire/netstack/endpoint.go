@@ -36,6 +36,9 @@ type Config struct {
 	// (carrier.FeatureGSO). Without it every packet fits the MTU and has a
 	// complete checksum.
 	GSO bool
+	// Split says how long packets may be, headers included, at the moment, beside
+	// GSO; 0: as GSO has it. It is asked for each batch. May be nil.
+	Split func() int
 	// QueueBytes bounds the outgoing queue. Data above it waits in its sender.
 	QueueBytes int
 }
@@ -48,6 +51,9 @@ type Endpoint struct {
 	limit  int
 	events chan tun.Event
 	batch  []*stack.PacketBuffer // of Read
+
+	split func() int // Config.Split
+	cut   cutter     // of Read
 
 	// delivering is when the Write under way began, in nanoseconds since epoch;
 	// 0 when there is none.
@@ -81,9 +87,13 @@ func New(c Config) *Endpoint {
 	if c.QueueBytes == 0 {
 		c.QueueBytes = DefaultQueueBytes
 	}
+	if c.Split == nil {
+		c.Split = func() int { return 0 }
+	}
 	e := &Endpoint{
 		gso:    c.GSO,
 		limit:  c.QueueBytes,
+		split:  c.Split,
 		mtu:    uint32(c.MTU),
 		events: make(chan tun.Event, 1),
 		batch:  make([]*stack.PacketBuffer, 0, batchSize),
@@ -100,6 +110,9 @@ func (e *Endpoint) Link() stack.LinkEndpoint { return (*link)(e) }
 // Read waits for packets and copies as many as are queued and fit, each to
 // bufs[i][offset:], its length to sizes[i]. It returns os.ErrClosed after Close.
 func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	if n := e.cut.next(bufs, sizes, offset); n > 0 {
+		return n, nil // of a packet that the last batch had no room for
+	}
 	e.mu.Lock()
 	for (e.queue.len == 0 || e.held) && !e.closed {
 		e.readable.Wait()
@@ -109,8 +122,13 @@ func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 		return 0, os.ErrClosed
 	}
 	full := e.queue.bytes >= e.limit
-	for e.queue.len > 0 && len(e.batch) < min(len(bufs), batchSize) {
-		e.batch = append(e.batch, e.queue.pop())
+	longest := e.split()
+	for room := min(len(bufs), batchSize); e.queue.len > 0 && room > 0; room-- {
+		p := e.queue.pop()
+		e.batch = append(e.batch, p)
+		if longest > 0 {
+			room -= p.Size() / max(longest-maxHeaders, 1) // or fewer: only the last is left in part
+		}
 	}
 	if full {
 		e.writable.Broadcast()
@@ -119,7 +137,11 @@ func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 
 	n := 0
 	for i, p := range e.batch {
-		if size := p.Size(); size <= len(bufs[n])-offset {
+		switch size := p.Size(); {
+		case longest > 0:
+			e.cut.begin(p, longest)
+			n += e.cut.next(bufs[n:], sizes[n:], offset)
+		case size <= len(bufs[n])-offset:
 			copyPacket(bufs[n][offset:], p)
 			sizes[n] = size
 			n++
