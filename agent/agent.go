@@ -54,6 +54,9 @@ type Config struct {
 	// ProxyPort is where the API server's pods/proxy arrives, on PodIPs, once a
 	// session was introduced: 7533. Negative: nowhere.
 	ProxyPort int
+	// UDPPort is where the session's UDP arrives, on PodIPs, once one was introduced
+	// that wants it: 7534. Negative: nowhere.
+	UDPPort int
 	// ResolvConf is the path of the pod's resolver settings: /etc/resolv.conf.
 	ResolvConf string
 	// PodIPs are the pod's own addresses; those of the interfaces if empty.
@@ -79,6 +82,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.ProxyPort == 0 {
 		c.ProxyPort = carrier.ProxyPort
+	}
+	if c.UDPPort == 0 {
+		c.UDPPort = carrier.UDPPort
 	}
 	if c.ResolvConf == "" {
 		c.ResolvConf = "/etc/resolv.conf"

@@ -187,6 +187,9 @@ func (a *Agent) welcome(n *node) carrier.Welcome {
 	if n.proxy != nil {
 		w.ProxySecret, w.ProxyPort = n.proxy.current(), a.cfg.ProxyPort
 	}
+	if n.datagrams != nil {
+		w.UDPSecret, w.UDPPort = n.datagrams.current(), a.cfg.UDPPort
+	}
 	if n.gso {
 		w.Features = append(w.Features, carrier.FeatureGSO)
 	}

@@ -67,6 +67,8 @@ func newMetrics(a *Agent) *metrics {
 	gauge("udp_flows", "UDP flows.", func(n *node) float64 { return float64(n.udp.count()) })
 	gauge("queue_bytes", "Packets that wait for WireGuard, in bytes.", func(n *node) float64 { return float64(n.endpoint.Queued()) })
 	gauge("queue_dropped", "Packets that found the queue to WireGuard full.", func(n *node) float64 { return float64(n.endpoint.Dropped()) })
+	gauge("carrier_udp_sent_bytes", "WireGuard messages sent by UDP, in bytes.", func(n *node) float64 { return float64(n.bind.Stats().Datagrams.Sent) })
+	gauge("carrier_udp_received_bytes", "WireGuard messages received by UDP, in bytes.", func(n *node) float64 { return float64(n.bind.Stats().Datagrams.Received) })
 	gauge("last_handshake_seconds", "Unix time of the last WireGuard handshake, 0 if none.", func(n *node) float64 {
 		if t := n.tunnel.LastHandshake(); !t.IsZero() {
 			return float64(t.UnixNano()) / 1e9

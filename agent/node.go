@@ -41,7 +41,8 @@ type node struct {
 	dns  *dnsRelay
 	gov  *governor
 
-	proxy *proxyDoor // nil if there is none
+	proxy     *proxyDoor    // nil if there is none
+	datagrams *datagramDoor // nil if there is none
 
 	allowed []netip.Prefix // addresses of the peer
 	turn    atomic.Uint64  // counts peers
@@ -60,17 +61,23 @@ func (a *Agent) newNode(h carrier.Hello) (*node, error) {
 		gso:     slices.Contains(h.Features, carrier.FeatureGSO),
 		self:    h.Agent,
 		inbound: h.Inbound,
-		bind:    carrier.NewBind(carrier.BindConfig{}),
 	}
+	var way *carrier.Datagrams
+	if n.datagrams = a.openDatagrams(h); n.datagrams != nil {
+		way = n.datagrams.way
+	}
+	n.bind = carrier.NewBind(carrier.BindConfig{Datagrams: way})
 	for _, addr := range slices.Concat(h.Tunnel, h.Inbound) {
 		n.allowed = append(n.allowed, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.targets = newTargets(a.cfg, h)
-	n.endpoint = netstack.New(netstack.Config{MTU: mtuOf(h), GSO: n.gso})
+	mtu := mtuOf(h)
+	n.endpoint = netstack.New(netstack.Config{MTU: mtu, GSO: n.gso, Split: func() int { return way.MaxPacket(mtu) }})
 	s, err := netstack.NewStack(n.endpoint)
 	if err != nil {
 		n.cancel()
+		n.bind.Shutdown()
 		return nil, fmt.Errorf("making the network stack: %w", err)
 	}
 	n.stack = s
@@ -114,6 +121,9 @@ func (n *node) start() error {
 	}
 	n.tunnel = t
 	n.proxy = n.agent.openProxy(n)
+	if n.datagrams != nil {
+		n.spawn(func() { n.datagrams.run(n) })
+	}
 	n.spawn(n.gov.run)
 	n.spawn(n.udp.sweep)
 	return nil
@@ -139,6 +149,9 @@ const handshakeWait = 3 * time.Second
 func (n *node) setPeer(key wire.Key) error {
 	if n.proxy != nil {
 		n.proxy.renew()
+	}
+	if n.datagrams != nil {
+		n.datagrams.renew()
 	}
 	n.endpoint.Hold(true)
 	if err := n.tunnel.SetPeer(key, n.allowed); err != nil {
@@ -197,6 +210,7 @@ func (n *node) close() {
 		if n.tunnel != nil {
 			n.tunnel.Close()
 		}
+		n.bind.Shutdown()
 		if n.tcp != nil {
 			n.tcp.close()
 		}

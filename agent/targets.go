@@ -32,8 +32,10 @@ func newTargets(cfg Config, h carrier.Hello) *targets {
 			}
 		}
 	}
-	if cfg.ProxyPort > 0 {
-		t.podPorts = append(t.podPorts, uint16(cfg.ProxyPort))
+	for _, port := range []int{cfg.ProxyPort, cfg.UDPPort} {
+		if port > 0 {
+			t.podPorts = append(t.podPorts, uint16(port))
+		}
 	}
 	return t
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
@@ -43,9 +44,9 @@ func (s *Session) openTunnel() error {
 	key := wire.NewPrivateKey()
 	local := wire.NewLocal(wire.LocalConfig{
 		TUN: device, Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
-		MTU: mtu, GSO: true, Log: s.log,
+		MTU: mtu, Split: s.split, Log: s.log,
 	})
-	bind := carrier.NewBind(carrier.BindConfig{Hold: holdTime})
+	bind := carrier.NewBind(carrier.BindConfig{Hold: holdTime, Datagrams: s.datagrams})
 	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind, Log: s.log})
 	if err != nil {
 		return err
@@ -83,7 +84,7 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		Protocol: carrier.Protocol, Version: version.Version,
 		Session: s.id, Secret: known.Secret, PublicKey: key.Public().String(),
 		Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
-		MTU: mtu, Features: []string{carrier.FeatureGSO},
+		MTU: mtu, Features: s.features(),
 	})
 	if err != nil {
 		conn.Close()
@@ -104,9 +105,14 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	met := s.introduced
 	newPeer := s.peer != welcome.PublicKey
 	s.peer = welcome.PublicKey
+	s.whole.Store(slices.Contains(welcome.Features, carrier.FeatureGSO))
 	tunnel, bind := s.tunnel, s.bind
 	s.mu.Unlock()
 	bind.Attach(stream)
+	if err := s.probeUDP(ctx, agent, welcome); err != nil {
+		stream.Close()
+		return err
+	}
 	if newPeer {
 		// The agent may send from every address of the cluster.
 		if err := tunnel.SetPeer(peer, []netip.Prefix{
@@ -175,9 +181,11 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 			}
 			down = time.Now()
 			s.log.Info("carrier down", "err", stream.Err())
-			s.status.update(func(st *api.Session) {
-				st.State, st.Cause = api.Reconnecting, "the carrier broke: "+cause(stream.Err())
-			})
+			if !s.udpUp() {
+				s.status.update(func(st *api.Session) {
+					st.State, st.Cause = api.Reconnecting, "the carrier broke: "+cause(stream.Err())
+				})
+			}
 		}
 		for ctx.Err() == nil {
 			begun := time.Now()
@@ -303,6 +311,7 @@ func (s *Session) carrierStatus() api.CarrierStatus {
 	if s.stream != nil {
 		c.RTT = s.stream.RTT()
 	}
+	s.showDatagrams(&c)
 	if s.bind != nil {
 		moved := s.bind.Stats()
 		c.Sent, c.Received = moved.Sent, moved.Received

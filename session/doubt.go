@@ -80,6 +80,9 @@ func (s *Session) doubtCarrier() {
 			stream.Doubt()
 		}
 	}
+	if s.datagrams != nil {
+		s.datagrams.Doubt()
+	}
 	select {
 	case s.hurry <- struct{}{}:
 	default:

@@ -32,6 +32,7 @@ type network struct {
 	exclude  []api.Route
 	hosts    selectorHosts
 	server   []netip.Addr
+	agent    []netip.Addr // where UDP goes
 	active   bool
 	grant    link.Granted
 	tun      *os.File
@@ -44,8 +45,13 @@ type network struct {
 // again from time to time.
 type selectorHosts struct{ include, exclude []string }
 
-// serverSource marks the exclusions of the API server's addresses.
-const serverSource = "API server"
+// serverSource marks the exclusions of the API server's addresses, agentSource
+// those of the agent's: packets for it go through the tunnel, or straight to it,
+// but not both.
+const (
+	serverSource = "API server"
+	agentSource  = "agent, by UDP"
+)
 
 // hostsEvery is how often host names in --include-ips and --exclude-ips are
 // resolved again.
@@ -130,6 +136,14 @@ func (n *network) excludeServer(ctx context.Context, addrs []netip.Addr) error {
 	return nil
 }
 
+// excludeAgent has the next apply keep the addresses that UDP goes to out of the
+// routes.
+func (n *network) excludeAgent(addrs []netip.Addr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.agent = addrs
+}
+
 func (n *network) setRanges(r cluster.Ranges) {
 	n.mu.Lock()
 	n.ranges = r
@@ -174,6 +188,8 @@ func (n *network) resume(asked *link.Network, granted *link.Granted) {
 			n.exclude = append(n.exclude, r)
 		case r.Source == serverSource:
 			n.server = append(n.server, r.Prefix.Addr())
+		case r.Source == agentSource:
+			n.agent = append(n.agent, r.Prefix.Addr())
 		}
 	}
 }
@@ -192,6 +208,9 @@ func (n *network) apply(ctx context.Context, active bool) error {
 	}
 	for _, a := range n.server {
 		want.Excluded = append(want.Excluded, api.Route{Prefix: netip.PrefixFrom(a, a.BitLen()), Source: serverSource})
+	}
+	for _, a := range n.agent {
+		want.Excluded = append(want.Excluded, api.Route{Prefix: netip.PrefixFrom(a, a.BitLen()), Source: agentSource})
 	}
 	n.mu.Unlock()
 	if want.Active {

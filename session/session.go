@@ -13,6 +13,7 @@ import (
 	"os/user"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
@@ -52,6 +53,7 @@ type Session struct {
 	tunnel     *wire.Tunnel
 	local      *wire.Local
 	bind       *carrier.Bind
+	datagrams  *carrier.Datagrams // the UDP way, or nil; set once
 	key        wire.Key
 	stream     *carrier.Stream // the one in use, or nil
 	carrier    string          // its dialer's name
@@ -62,6 +64,8 @@ type Session struct {
 
 	introduced  introduction // by the last port-forward
 	proxyReason string       // why pods/proxy is not in use; empty: not known yet
+	udpReason   string       // why UDP is not even tried; empty: it is
+	whole       atomic.Bool  // the agent takes super-packets
 
 	met      chan struct{} // capacity 1: introduced was set
 	switched chan struct{} // capacity 1: stream was replaced while it lived
@@ -102,6 +106,7 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 			return fmt.Errorf("reading what the last process remembered: %w", err)
 		}
 	}
+	s.openDatagrams(ctx)
 	resume := start.Network != nil && start.Network.Active && start.Granted != nil
 	if resume {
 		if err := s.resume(ctx); err != nil {
@@ -158,6 +163,9 @@ func (s *Session) close() {
 	tunnel, stream := s.tunnel, s.stream
 	s.mu.Unlock()
 	s.names.close()
+	if s.datagrams != nil {
+		s.datagrams.Close()
+	}
 	if stream != nil {
 		stream.Close()
 	}

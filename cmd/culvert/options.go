@@ -21,7 +21,8 @@ import (
 
 var (
 	dnsModes     = []string{"auto", "resolved", "resolvconf", "none"}
-	carriers     = []string{api.CarrierAuto, api.CarrierPortForward, api.CarrierPodsProxy}
+	carriers     = []string{api.CarrierAuto, api.CarrierPortForward, api.CarrierPodsProxy, api.CarrierUDP}
+	udpModes     = []string{api.UDPAuto, api.UDPNodePort, api.UDPOff}
 	pullPolicies = []string{"Always", "IfNotPresent", "Never"}
 )
 
@@ -47,6 +48,7 @@ type optionFlags struct {
 	clusterDomain    string
 	dns              string
 	carrier          string
+	udp              string
 	timeout          seconds
 
 	kt []*ktValue
@@ -67,7 +69,8 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 	f.StringVar(&o.podQuota, "pod-quota", "", "CPU and memory of the agent's pod, as in `0.5c,512m`")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "", "domain of the cluster's names (default: what its pods use)")
 	f.StringVar(&o.dns, "dns", "", "how names get resolved: auto, resolved, resolvconf or none (default auto)")
-	f.StringVar(&o.carrier, "carrier", "", "the packets' way to the agent: auto (the best that works), port-forward or pods-proxy (default auto)")
+	f.StringVar(&o.carrier, "carrier", "", "the packets' way to the agent: auto (the best that works), port-forward, pods-proxy or udp (default auto)")
+	f.StringVar(&o.udp, "udp", "", "try UDP straight to the agent: auto (to its pod), nodeport (also through a NodePort Service made for it) or off (default auto)")
 	f.Var(&o.timeout, "timeout", "how long connecting may take (default 60s)")
 	for _, name := range []string{"node-selector", "labels", "annotations"} {
 		f.Lookup(name).DefValue = "" // else help says (default [])
@@ -76,6 +79,7 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 
 	complete(cmd, "dns", fixedCompletion(dnsModes...))
 	complete(cmd, "carrier", fixedCompletion(carriers...))
+	complete(cmd, "udp", fixedCompletion(udpModes...))
 	complete(cmd, "image-pull-policy", fixedCompletion(pullPolicies...))
 	for _, free := range []string{"exclude-ips", "include-ips", "image", "image-pull-secret", "node-selector", "labels", "annotations", "service-account", "pod-quota", "cluster-domain", "timeout"} {
 		complete(cmd, free, fixedCompletion())
@@ -109,6 +113,12 @@ func (a *app) options(o *optionFlags) (api.Options, error) {
 	}
 	if opts.Carrier, err = oneOf("--carrier", o.carrier, carriers); err != nil {
 		return opts, err
+	}
+	if opts.UDP, err = oneOf("--udp", o.udp, udpModes); err != nil {
+		return opts, err
+	}
+	if opts.UDP == api.UDPOff && opts.Carrier == api.CarrierUDP {
+		return opts, usageErrorf("leave one of them out", "--carrier udp and --udp off contradict each other")
 	}
 	if opts.ImagePullPolicy, err = oneOf("--image-pull-policy", o.pullPolicy, pullPolicies); err != nil {
 		return opts, err

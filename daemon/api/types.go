@@ -44,7 +44,11 @@ type Options struct {
 	ServiceAccount   string            `json:"serviceAccount,omitempty"` // the pod's; its token is never mounted
 	PodQuota         string            `json:"podQuota,omitempty"`       // "0.5c,512m": CPU and memory, requests and limits
 
-	Carrier       string        `json:"carrier,omitempty"`       // auto (default), port-forward or pods-proxy
+	Carrier string `json:"carrier,omitempty"` // auto (default), port-forward, pods-proxy or udp
+	// UDP says whether packets may go straight to the agent where that works: auto
+	// (default, at the pod's address), nodeport (also at a Service of that type,
+	// which is made for it) or off.
+	UDP           string        `json:"udp,omitempty"`
 	ClusterDomain string        `json:"clusterDomain,omitempty"` // empty: what the agent's resolv.conf says
 	DNS           string        `json:"dns,omitempty"`           // auto (default), resolved, resolvconf or none
 	Timeout       time.Duration `json:"timeout,omitempty"`       // until connected; 0: 60 s
@@ -127,7 +131,7 @@ type AgentStatus struct {
 
 // CarrierStatus is the path that encrypted packets take.
 type CarrierStatus struct {
-	Name     string        `json:"name,omitempty"` // pods/proxy, port-forward (WebSocket), port-forward (SPDY)
+	Name     string        `json:"name,omitempty"` // UDP, pods/proxy, port-forward (WebSocket), port-forward (SPDY)
 	RTT      time.Duration `json:"rtt,omitempty"`  // last in-band ping, nanoseconds
 	Redials  int           `json:"redials"`
 	Sent     uint64        `json:"sent"`     // bytes of encrypted packets
@@ -150,6 +154,14 @@ const (
 	CarrierAuto        = "auto"
 	CarrierPortForward = "port-forward"
 	CarrierPodsProxy   = "pods-proxy"
+	CarrierUDP         = "udp"
+)
+
+// What Options.UDP may be, beside "".
+const (
+	UDPAuto     = "auto"
+	UDPNodePort = "nodeport"
+	UDPOff      = "off"
 )
 
 // Event is one line of the connect and watch streams.

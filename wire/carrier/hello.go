@@ -39,6 +39,9 @@ type Hello struct {
 // sent as one message.
 const FeatureGSO = "gso"
 
+// FeatureUDP: the session would like to send WireGuard messages by UDP.
+const FeatureUDP = "udp"
+
 // Welcome is the agent's answer.
 type Welcome struct {
 	Protocol  int    `json:"protocol"`
@@ -55,6 +58,10 @@ type Welcome struct {
 	// the session's PublicKey.
 	ProxySecret []byte `json:"proxySecret,omitempty"`
 	ProxyPort   int    `json:"proxyPort,omitempty"`
+	// UDPSecret and UDPPort are for Datagrams.Probe; without them the agent takes no
+	// UDP. The secret lasts as long as the session's PublicKey.
+	UDPSecret []byte `json:"udpSecret,omitempty"`
+	UDPPort   int    `json:"udpPort,omitempty"`
 	// Error refuses the session, e.g. "protocol 2 is not mine (1)"; then the
 	// other fields but Protocol and Version are empty.
 	Error string `json:"error,omitempty"`

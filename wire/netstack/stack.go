@@ -36,27 +36,47 @@ const timeWait = 10 * time.Millisecond
 // While the carrier is away packets vanish. Retransmission goes on for about an
 // hour (450 times 8 s), and at most 8 s apart, so that a connection is back soon
 // after the carrier is; with the default it could take two minutes more.
-//
-// Before half a second nothing is taken for lost: the carrier's own queues on a
-// busy machine take longer than gVisor's 200 ms.
 const (
-	minRTO     = 500 * time.Millisecond
 	maxRTO     = 8 * time.Second
 	maxRetries = 450
 )
 
-// Below the stack is a stream: packets arrive in order and all, until the stream
-// is cut. What looks for losses there finds delays. gVisor's RACK takes a queue
-// for a loss, and its CUBIC leaves slow start when the round trip grows: windows
-// of 70 KB, cut into packets of 8 KB that cost as much as those of 64, on a path
-// that holds megabytes. So Reno, which knows nothing but losses, and recovery by
-// SACK (RFC 6675), which wants three later packets acknowledged; whole windows
-// lost at once, as by a cut, are found by time-out either way. A carrier that
-// does lose packets can choose otherwise for its connections.
+// Path is what kind of carrier is below a stack.
+type Path int
+
 const (
-	lossDetection     = tcpip.TCPRecovery(0) // not tcpip.TCPRACKLossDetection
-	congestionControl = "reno"
+	// Stream is a path on which packets arrive in order and all, until it is cut.
+	// What looks for losses there finds delays. gVisor's RACK takes a queue for a
+	// loss, and its CUBIC leaves slow start when the round trip grows: windows of 70
+	// KB, cut into packets of 8 KB that cost as much as those of 64, on a path that
+	// holds megabytes. So Reno, which knows nothing but losses, and recovery by SACK
+	// (RFC 6675), which wants three later packets acknowledged; whole windows lost at
+	// once, as by a cut, are found by time-out either way. And before half a second
+	// nothing is taken for lost: the carrier's own queues on a busy machine take
+	// longer than gVisor's 200 ms.
+	Stream Path = iota
+	// Datagrams is a path like any other, which loses and reorders: CUBIC (RFC
+	// 9438), RACK (RFC 8985), and the usual shortest time-out.
+	Datagrams
 )
+
+// Tune sets what connections that are made from now on think of the path.
+func Tune(s *stack.Stack, p Path) error {
+	recovery := tcpip.TCPRecovery(0)
+	control := tcpip.CongestionControlOption("reno")
+	first := tcpip.TCPMinRTOOption(500 * time.Millisecond)
+	if p == Datagrams {
+		recovery = tcpip.TCPRACKLossDetection
+		control = "cubic"
+		first = tcpip.TCPMinRTOOption(200 * time.Millisecond)
+	}
+	for _, option := range []tcpip.SettableTransportProtocolOption{&recovery, &control, &first} {
+		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			return fmt.Errorf("setting TCP option %T: %s", option, err)
+		}
+	}
+	return nil
+}
 
 // NewStack makes a stack whose only link is ep. It takes packets for any
 // address and sends from any (promiscuous and spoofing), which is how one stack
@@ -76,18 +96,18 @@ func NewStack(ep *Endpoint) (*stack.Stack, error) {
 
 func configure(s *stack.Stack, ep *Endpoint) error {
 	sack := tcpip.TCPSACKEnabled(true)
-	recovery := lossDetection
-	control := tcpip.CongestionControlOption(congestionControl)
-	first := tcpip.TCPMinRTOOption(minRTO)
 	rto := tcpip.TCPMaxRTOOption(maxRTO)
 	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
-	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &control, &first, &rto, &retries, &wait, &send, &receive} {
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &rto, &retries, &wait, &send, &receive} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return fmt.Errorf("setting TCP option %T: %s", option, err)
 		}
+	}
+	if err := Tune(s, Stream); err != nil {
+		return err
 	}
 	if err := s.CreateNIC(NIC, ep.Link()); err != nil {
 		return fmt.Errorf("creating the stack's interface: %s", err)
