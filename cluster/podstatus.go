@@ -30,6 +30,10 @@ func agentOf(name string, pod *corev1.Pod) *Agent {
 		Node:      pod.Spec.NodeName,
 		Image:     pod.Spec.Containers[0].Image,
 	}
+	for _, ip := range pod.Status.HostIPs {
+		a.HostIPs = appendAddr(a.HostIPs, ip.IP)
+	}
+	a.HostIPs = appendAddr(a.HostIPs, pod.Status.HostIP) // servers before 1.28 have no list
 	for _, ip := range pod.Status.PodIPs {
 		a.IPs = appendAddr(a.IPs, ip.IP)
 	}

@@ -53,7 +53,7 @@ func (c *Cluster) checks() []Check {
 		want(ns, "", "pods", "without it a refusal of the agent's pod shows only after the Deployment is made", "create"),
 		want(ns, "", "events", "without it a pod that does not start gives no reason", "list", "watch"),
 		want(ns, "", "services", "without it Services are routed only where ServiceCIDR objects or the dry run tell the range, and short names do not resolve", "list", "watch"),
-		want(ns, "", "services", "without it the Service range is known only from ServiceCIDR objects (asked as a dry run, nothing is created)", "create"),
+		want(ns, "", "services", "without it the Service range is known only from ServiceCIDR objects (asked as a dry run, nothing is created), and --udp nodeport cannot make its Service", "create"),
 		want("", "networking.k8s.io", "servicecidrs", "without it the Service range is asked for by a dry run", "list", "watch"),
 		want("", "", "nodes", "without it pods are routed one by one instead of by the nodes' ranges", "list", "watch"),
 		want("", "", "pods", "without it pods of other namespaces are routed only where nodes tell their ranges", "list", "watch"),

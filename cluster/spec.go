@@ -67,6 +67,7 @@ type Agent struct {
 	Node      string
 	Image     string
 	IPs       []netip.Addr
+	HostIPs   []netip.Addr // of the node
 }
 
 func (s AgentSpec) name() string { return firstOf(s.Name, AgentName(s.Session)) }

@@ -50,6 +50,9 @@ func (s *Session) openDatagrams(ctx context.Context) {
 	}
 	s.datagrams = d
 	s.loops.Go(func() { d.Run(ctx, s.udpChanged) })
+	if s.options.UDP == api.UDPNodePort {
+		s.loops.Go(func() { s.nodePortLoop(ctx) })
+	}
 }
 
 // features are what this end can do.
@@ -72,6 +75,14 @@ func (s *Session) split() int {
 	return mtu
 }
 
+// nodePort is the NodePort Service of an agent.
+type nodePort struct {
+	agent   cluster.Agent
+	port    int    // of the agent
+	secret  []byte // of the agent
+	targets []netip.AddrPort
+}
+
 // probeUDP has the agent that was just introduced tried by UDP. Its addresses
 // leave the machine by its own routes from the next time that routes are set.
 // With --carrier udp it waits for the answer.
@@ -85,22 +96,23 @@ func (s *Session) probeUDP(ctx context.Context, agent *cluster.Agent, w carrier.
 	switch {
 	case w.UDPPort <= 0 || w.UDPPort > 65535 || len(w.UDPSecret) != carrier.SecretLen:
 		reason = "the agent does not listen for it"
-	case len(agent.IPs) == 0:
-		reason = "the agent's pod has no address"
 	default:
 		// Where to is what the API server says, and not the agent.
 		for _, ip := range agent.IPs {
 			targets = append(targets, netip.AddrPortFrom(ip, uint16(w.UDPPort)))
 		}
 	}
-	addrs := make([]netip.Addr, len(targets))
-	for i, t := range targets {
-		addrs[i] = t.Addr()
-	}
-	s.network.excludeAgent(addrs)
 	s.mu.Lock()
 	s.udpReason = reason
+	if s.options.UDP == api.UDPNodePort && reason == "" {
+		if s.nodePort.agent.UID == agent.UID { // it was introduced before
+			targets = append(targets, s.nodePort.targets...)
+		}
+		s.nodePort = nodePort{agent: *agent, port: w.UDPPort, secret: w.UDPSecret, targets: targets[len(agent.IPs):]}
+		wake(s.metUDP)
+	}
 	s.mu.Unlock()
+	s.network.excludeAgent(addrs(targets))
 	d.Probe(w.UDPSecret, targets)
 	if s.options.Carrier != api.CarrierUDP {
 		return nil
@@ -120,6 +132,65 @@ func (s *Session) probeUDP(ctx context.Context, agent *cluster.Agent, w carrier.
 	}
 	return &api.Error{Code: api.CodeAgent, Message: "--carrier udp: " + reason,
 		Hint: "--udp nodeport tries a NodePort Service too; --carrier auto uses the API server where UDP does not reach the agent"}
+}
+
+func addrs(targets []netip.AddrPort) []netip.Addr {
+	var all []netip.Addr
+	for _, t := range targets {
+		all = append(all, t.Addr())
+	}
+	return all
+}
+
+// nodePortLoop makes the Service of --udp nodeport for each agent that was
+// introduced, and has its node tried as well.
+func (s *Session) nodePortLoop(ctx context.Context) {
+	pause := firstPause
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.metUDP:
+		}
+		s.mu.Lock()
+		n := s.nodePort
+		s.mu.Unlock()
+		more, err := s.cluster.NodePort(ctx, &n.agent, n.port)
+		if err == nil {
+			var targets []netip.AddrPort
+			for _, ip := range n.agent.IPs {
+				targets = append(targets, netip.AddrPortFrom(ip, uint16(n.port)))
+			}
+			targets = append(targets, more...)
+			// First the routes: a probe that took the tunnel would come out at the node,
+			// and UDP seem to work over itself.
+			s.network.excludeAgent(addrs(targets))
+			if err = s.network.applyActive(ctx); err == nil {
+				s.mu.Lock()
+				if s.nodePort.agent.UID == n.agent.UID {
+					s.nodePort.targets, s.udpReason = more, ""
+					s.datagrams.Probe(s.nodePort.secret, targets)
+				}
+				s.mu.Unlock()
+				pause = firstPause
+				continue
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		s.log.Info("no node port for UDP", "err", err)
+		s.mu.Lock()
+		s.udpReason = "--udp nodeport: " + reason(err)
+		s.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, lastProxyPause)
+		wake(s.metUDP)
+	}
 }
 
 func (s *Session) udpUp() bool { return s.datagrams != nil && s.datagrams.State().Up }

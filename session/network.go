@@ -137,11 +137,21 @@ func (n *network) excludeServer(ctx context.Context, addrs []netip.Addr) error {
 }
 
 // excludeAgent has the next apply keep the addresses that UDP goes to out of the
-// routes.
+// routes; applyActive is one, if there are routes.
 func (n *network) excludeAgent(addrs []netip.Addr) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.agent = addrs
+}
+
+func (n *network) applyActive(ctx context.Context) error {
+	n.mu.Lock()
+	active := n.active
+	n.mu.Unlock()
+	if !active {
+		return nil
+	}
+	return n.apply(ctx, true)
 }
 
 func (n *network) setRanges(r cluster.Ranges) {

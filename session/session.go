@@ -64,10 +64,12 @@ type Session struct {
 
 	introduced  introduction // by the last port-forward
 	proxyReason string       // why pods/proxy is not in use; empty: not known yet
+	nodePort    nodePort     // where --udp nodeport leads
 	udpReason   string       // why UDP is not even tried; empty: it is
 	whole       atomic.Bool  // the agent takes super-packets
 
 	met      chan struct{} // capacity 1: introduced was set
+	metUDP   chan struct{} // capacity 1: nodePort was set
 	switched chan struct{} // capacity 1: stream was replaced while it lived
 
 	loops sync.WaitGroup
@@ -84,7 +86,7 @@ type remembered struct {
 
 func newSession(conn *link.Conn) *Session {
 	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1),
-		met: make(chan struct{}, 1), switched: make(chan struct{}, 1)}
+		met: make(chan struct{}, 1), metUDP: make(chan struct{}, 1), switched: make(chan struct{}, 1)}
 	s.status = &status{conn: conn}
 	s.network.session = s
 	s.names.session = s

@@ -5,8 +5,6 @@ package e2e
 import (
 	"fmt"
 	"net"
-	"regexp"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,22 +12,6 @@ import (
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/test/netlab"
 )
-
-// udpReceived is how many bytes the agent's WireGuard took by UDP.
-func udpReceived(t *testing.T, s api.Session) int64 {
-	t.Helper()
-	text := kubectl(t, "-n", s.Agent.Namespace, "get", "--raw",
-		fmt.Sprintf("/api/v1/namespaces/%s/pods/%s:%d/proxy/metrics", s.Agent.Namespace, s.Agent.Pod, 0))
-	m := regexp.MustCompile(`(?m)^culvert_agent_carrier_udp_received_bytes (\S+)$`).FindStringSubmatch(text)
-	if m == nil {
-		t.Fatalf("no count of UDP among the agent's metrics")
-	}
-	n, err := strconv.ParseFloat(m[1], 64)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return int64(n)
-}
 
 // other is why a carrier is not in use; empty if it is not among those.
 func other(s api.Session, name string) string {
@@ -84,14 +66,35 @@ func TestUDP(t *testing.T) {
 	if other(s, "pods/proxy") == "" && other(s, "port-forward") == "" {
 		t.Errorf("others: %+v", s.Carrier.Others)
 	}
-	before := s.Carrier
-	stop := steady(t)
-	time.Sleep(2 * time.Second)
-	t.Logf("worst echo over UDP: %v", stop())
-	t.Logf("carrier: %+v, after: %+v", before, status(t, netlab.Alice)[0].Carrier)
+
+	// The API server hangs, the stream ends, and nobody notices.
+	alive := longLived(t)
+	pod := net.JoinHostPort(podIPs(t)[0], "9000")
+	signalAPIServer(t, "STOP")
+	t.Cleanup(func() { signalAPIServer(t, "CONT") })
+	for hung := time.Now(); time.Since(hung) < 4*time.Second; {
+		alive(time.Second)
+		c, err := within(t, "tcp", pod, time.Second)
+		if err != nil {
+			t.Fatalf("a new connection without an API server: %v", err)
+		}
+		echo(t, c, []byte("new"))
+		c.Close()
+		if s := status(t, netlab.Alice)[0]; s.State != api.Connected || s.Carrier.Name != "UDP" {
+			t.Errorf("without an API server: %s over %s (%s)", s.State, s.Carrier.Name, s.Cause)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	signalAPIServer(t, "CONT")
+	eventually(t, 30*time.Second, func() error {
+		if s := status(t, netlab.Alice)[0]; other(s, "pods/proxy") == "" || s.Carrier.Redials == 0 {
+			return fmt.Errorf("the stream is not back: %+v", s.Carrier)
+		}
+		return nil
+	})
 
 	for range 2 {
-		stop = steady(t)
+		stop := steady(t)
 		time.Sleep(time.Second)
 		link(t, "--pods", "off")
 		cut := time.Now()
@@ -146,4 +149,31 @@ func TestUDPPinned(t *testing.T) {
 	link(t, "--pods", "on")
 	waitState(t, netlab.Alice, api.Connected, 6*time.Second)
 	alive(10 * time.Second)
+}
+
+// TestUDPNodePort: where only the nodes are reachable, UDP goes through a Service
+// that is made for the agent and goes with it.
+func TestUDPNodePort(t *testing.T) {
+	link(t, "--pods", "on")
+	root(t, "ip route add unreachable 10.0.0.0/8 && ip -6 route add unreachable fd00:10::/32")
+	t.Cleanup(func() {
+		root(t, "ip route del unreachable 10.0.0.0/8 && ip -6 route del unreachable fd00:10::/32")
+		eventually(t, 10*time.Second, func() error {
+			if got := kubectl(t, "get", "service", "-A", "-o", "name"); strings.Contains(got, "culvert") {
+				return fmt.Errorf("left behind: %s", got)
+			}
+			return nil
+		})
+	})
+	connect(t, "--udp", "nodeport")
+	s := waitCarrier(t, "UDP", 10*time.Second)
+	fresh(t, 5*time.Second)
+	alive := longLived(t)
+	if got := kubectl(t, "-n", s.Agent.Namespace, "get", "service", "-o", "jsonpath={.items[?(@.spec.type==\"NodePort\")].metadata.name}"); !strings.Contains(got, "culvert-agent-") {
+		t.Errorf("Services of type NodePort: %q", got)
+	}
+	stop := steady(t)
+	time.Sleep(2 * time.Second)
+	t.Logf("worst echo over the node port: %v", stop())
+	alive(time.Second)
 }

@@ -324,16 +324,17 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		return conn.ErrWrongEndpointType
 	}
 	b.out.busy.Add(1)
+	all := msgs
 	defer func() {
 		b.out.busy.Add(-1)
-		b.out.leave(msgs)
+		b.out.leave(all)
 	}()
 	if b.udp != nil {
-		rest := b.udp.send(msgs)
-		if len(rest) == 0 {
-			return nil
+		rest, copies := b.udp.send(msgs)
+		if len(rest) == 0 || copies && b.Stream() == nil {
+			return nil // who waited for a stream would keep UDP waiting
 		}
-		return b.sendByStream(rest)
+		msgs = rest
 	}
 	return b.sendByStream(msgs)
 }

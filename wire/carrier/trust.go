@@ -281,12 +281,15 @@ func (p *prober) hurry(now time.Time) {
 	}
 }
 
-// setTargets begins anew, at once, unless the targets are the same.
+// setTargets begins anew, at once, unless the one that answers is among them.
 func (p *prober) setTargets(targets []netip.AddrPort, sizes []int) {
 	if slices.Equal(p.targets, targets) {
 		return
 	}
 	p.targets, p.sizes = slices.Clone(targets), sizes
+	if p.up && slices.Contains(targets, p.addr) {
+		return
+	}
 	p.up, p.answer, p.tries, p.doubted, p.dropped = false, 0, 0, true, time.Time{}
 	p.asked = time.Time{}
 }

@@ -269,16 +269,16 @@ func (d *Datagrams) probed(from netip.AddrPort, b []byte) {
 	d.wake()
 }
 
-// send sends what UDP is trusted with, and returns what the stream has to carry,
-// perhaps the same messages.
-func (d *Datagrams) send(msgs [][]byte) (rest [][]byte) {
+// send sends what UDP is trusted with, and returns what the stream has to carry;
+// copies tells that UDP has carried all of it too.
+func (d *Datagrams) send(msgs [][]byte) (rest [][]byte, copies bool) {
 	w := way(d.way.Load())
 	if w == byStream {
 		if d.pinned.Load() {
 			d.refused.Add(uint64(len(msgs)))
-			return nil
+			return nil, false
 		}
-		return msgs
+		return msgs, false
 	}
 	size, to := int(d.size.Load()), *d.peer.Load()
 	fit, plain := true, true
@@ -313,16 +313,16 @@ func (d *Datagrams) send(msgs [][]byte) (rest [][]byte) {
 	d.sent.Add(uint64(total))
 	d.sentPkts.Add(uint64(n))
 	if d.pinned.Load() {
-		return nil
+		return nil, false
 	}
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		// No route, a firewall of this machine: let the stream have it all, a probe
 		// finds out whether it lasts.
 		d.refused.Add(uint64(len(ours) - n))
 		d.doubtSoon()
-		return msgs
+		return msgs, false
 	}
-	return rest
+	return rest, fit
 }
 
 // inquire notes that messages flow, and asks when nothing comes back.
