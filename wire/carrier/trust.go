@@ -25,7 +25,7 @@ const (
 	lapseMin, lapseMax = 300 * time.Millisecond, time.Second
 	// silentAfter is how long a probe is unanswered when UDP is given up for the
 	// stream.
-	silentAfter = 2500 * time.Millisecond
+	silentAfter = 2 * time.Second
 	// downFirst doubles with every probe in vain, up to downKnown where UDP worked
 	// within knownFor, else downMost.
 	downFirst, downKnown, downMost = 500 * time.Millisecond, 2 * time.Second, 30 * time.Second
@@ -86,11 +86,13 @@ type prober struct {
 	tries   int       // rounds in vain
 	dropped time.Time // when UDP was last given up; zero: never
 	doubted bool      // probe at once
+	busy    bool      // at the last tick
 }
 
 type sentProbe struct {
 	datagram
-	at time.Time
+	at       time.Time
+	answered bool
 }
 
 func (p *prober) lapse() time.Duration { return min(max(3*p.rtt, lapseMin), lapseMax) }
@@ -113,6 +115,7 @@ func (p *prober) every(now time.Time, busy bool) time.Duration {
 }
 
 func (p *prober) tick(now time.Time, busy bool) (out []datagram, next time.Time) {
+	p.busy = busy
 	if p.up && !p.asked.IsZero() && now.Sub(p.asked) >= silentAfter {
 		p.up, p.dropped, p.tries, p.answer = false, now, 0, 0
 	}
@@ -121,7 +124,7 @@ func (p *prober) tick(now time.Time, busy bool) (out []datagram, next time.Time)
 	}
 	if p.doubted || !now.Before(p.probed.Add(p.every(now, busy))) {
 		p.doubted = false
-		out = p.ask(now, busy)
+		out = p.ask(now)
 	}
 	next = p.probed.Add(p.every(now, busy))
 	if p.up {
@@ -140,7 +143,7 @@ func (p *prober) tick(now time.Time, busy bool) (out []datagram, next time.Time)
 }
 
 // ask makes a round of probes.
-func (p *prober) ask(now time.Time, busy bool) (out []datagram) {
+func (p *prober) ask(now time.Time) (out []datagram) {
 	p.probed = now
 	switch {
 	case p.up:
@@ -148,17 +151,17 @@ func (p *prober) ask(now time.Time, busy bool) (out []datagram) {
 			p.grown = now
 			for _, size := range p.sizes {
 				if size > p.size {
-					out = append(out, p.one(now, p.addr, size, busy))
+					out = append(out, p.one(now, p.addr, size))
 				}
 			}
 		}
-		out = append(out, p.one(now, p.addr, p.size, busy))
+		out = append(out, p.one(now, p.addr, p.size))
 	default:
 		p.tries++
 		p.grown = now
 		for _, to := range p.targets {
 			for _, size := range p.sizes {
-				out = append(out, p.one(now, to, size, busy))
+				out = append(out, p.one(now, to, size))
 			}
 		}
 	}
@@ -168,42 +171,49 @@ func (p *prober) ask(now time.Time, busy bool) (out []datagram) {
 	return out
 }
 
-func (p *prober) one(now time.Time, to netip.AddrPort, size int, busy bool) datagram {
+func (p *prober) one(now time.Time, to netip.AddrPort, size int) datagram {
 	p.seq++
 	d := datagram{to, probe{size: size, seq: p.seq, answer: p.answer, next: idleEvery}}
-	if busy {
+	if p.busy {
 		d.next = busyEvery
 	}
-	p.sent[p.seq%uint64(len(p.sent))] = sentProbe{d, now}
+	p.sent[p.seq%uint64(len(p.sent))] = sentProbe{datagram: d, at: now}
 	return d
 }
 
 func (p *prober) heard(now time.Time, from netip.AddrPort, a probe) []datagram {
-	s := p.sent[a.seq%uint64(len(p.sent))]
-	if a.seq == 0 || s.seq != a.seq || s.to != from || s.size != a.size || a.answer <= p.answer || now.Sub(s.at) > silentAfter {
+	s := &p.sent[a.seq%uint64(len(p.sent))]
+	if a.seq == 0 || a.answer == 0 || s.seq != a.seq || s.answered || s.to != from || s.size != a.size || now.Sub(s.at) > silentAfter {
 		return nil // not asked, too late, or from elsewhere
 	}
-	first := !p.up
-	if !first && from != p.addr {
+	s.answered = true
+	if p.up && from != p.addr {
 		return nil
 	}
-	if first || a.size > p.size {
+	news := !p.up || a.size > p.size || p.busy && now.Sub(p.at) >= freshFor
+	if !p.up || a.size > p.size {
 		p.addr, p.size = from, a.size
 	}
-	p.answer = a.answer
+	if a.size == p.size {
+		p.answer = a.answer
+	}
 	p.up, p.tries, p.at, p.rtt = true, 0, now, now.Sub(s.at)
 	p.asked = time.Time{}
 	for _, later := range p.sent {
-		if later.seq > a.seq && later.to == from && later.size <= p.size && (p.asked.IsZero() || later.at.Before(p.asked)) {
+		if later.seq > a.seq && !later.answered && later.to == from && later.size <= p.size && (p.asked.IsZero() || later.at.Before(p.asked)) {
 			p.asked = later.at
 		}
 	}
-	if !first {
+	if !news {
 		return nil
 	}
 	// The agent waits to learn that it is heard.
-	p.probed, p.asked = now, now
-	return []datagram{p.one(now, p.addr, p.size, true)}
+	out := p.one(now, p.addr, p.size)
+	p.probed = now
+	if p.asked.IsZero() {
+		p.asked = now
+	}
+	return []datagram{out}
 }
 
 func (p *prober) verdict(now time.Time) (way, netip.AddrPort, int) {
@@ -220,34 +230,54 @@ func (p *prober) verdict(now time.Time) (way, netip.AddrPort, int) {
 // that it hears the answers.
 type answerer struct {
 	seq     uint64 // of the newest probe
+	seen    uint64 // bit n: the probe n before it was heard too
 	answer  uint64 // number of the last answer
-	answers [16]datagram
+	answers [16]sentProbe
 	from    netip.AddrPort // where the newest probe came from
 	next    time.Duration  // when the session means to probe again
 
 	confirmed uint64         // the newest answer that was heard
-	at        time.Time      // when we learned that
+	at        time.Time      // when it was sent
 	addr      netip.AddrPort // where that answer was sent
 	size      int            // and its length
 }
 
 func (a *answerer) heard(now time.Time, from netip.AddrPort, p probe) []datagram {
-	if p.seq <= a.seq || p.size > probeSizes[0] {
-		return nil // a repetition, by the network or by an attacker
+	if p.size > probeSizes[0] || !a.fresh(p.seq) {
+		return nil
 	}
-	a.seq, a.from, a.next = p.seq, from, min(p.next, idleEvery)
-	if s := a.answers[p.answer%uint64(len(a.answers))]; p.answer > a.confirmed && s.answer == p.answer && s.to == from {
-		a.confirmed, a.at, a.addr, a.size = p.answer, now, from, s.size
+	if p.seq == a.seq {
+		a.from, a.next = from, min(p.next, idleEvery)
+		s := a.answers[p.answer%uint64(len(a.answers))]
+		if p.answer != 0 && s.answer == p.answer && s.to == from && (p.answer > a.confirmed || s.size > a.size) {
+			a.confirmed, a.at, a.addr, a.size = p.answer, s.at, from, s.size
+		}
 	}
 	a.answer++
 	d := datagram{from, probe{size: p.size, seq: p.seq, answer: a.answer}}
-	a.answers[a.answer%uint64(len(a.answers))] = d
+	a.answers[a.answer%uint64(len(a.answers))] = sentProbe{datagram: d, at: now}
 	return []datagram{d}
+}
+
+// fresh tells a probe from a repetition, by the network or by an attacker: the
+// window of RFC 4303 section 3.4.3.
+func (a *answerer) fresh(seq uint64) bool {
+	if seq > a.seq {
+		a.seen = a.seen<<min(seq-a.seq, 64) | 1
+		a.seq = seq
+		return true
+	}
+	bit := uint64(1) << min(a.seq-seq, 64)
+	if bit == 0 || a.seen&bit != 0 {
+		return false
+	}
+	a.seen |= bit
+	return true
 }
 
 func (a *answerer) tick(now time.Time, _ bool) (out []datagram, next time.Time) {
 	next = now.Add(time.Hour)
-	for _, m := range []time.Time{a.at.Add(freshFor), a.at.Add(a.next + silentAfter)} {
+	for _, m := range []time.Time{a.at.Add(freshFor), a.at.Add(a.silent())} {
 		if !a.at.IsZero() && m.After(now) && m.Before(next) {
 			next = m
 		}
@@ -255,10 +285,14 @@ func (a *answerer) tick(now time.Time, _ bool) (out []datagram, next time.Time) 
 	return nil, next
 }
 
+// silent is how old the newest answer may be that was heard: the probe which said
+// so came one pause after it, and the next is due after another.
+func (a *answerer) silent() time.Duration { return 2*a.next + silentAfter }
+
 func (a *answerer) verdict(now time.Time) (way, netip.AddrPort, int) {
 	age := now.Sub(a.at)
 	switch {
-	case a.confirmed == 0 || age >= a.next+silentAfter:
+	case a.confirmed == 0 || age >= a.silent():
 		return byStream, a.from, 0
 	case a.from != a.addr || age >= freshFor:
 		return byBoth, a.from, a.size
