@@ -145,7 +145,9 @@ type DatagramState struct {
 func (d *Datagrams) State() DatagramState {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	w, addr, size := d.trust.verdict(time.Now())
+	now := time.Now()
+	d.decide(now)
+	w, addr, size := d.trust.verdict(now)
 	st := DatagramState{Up: w != byStream, Alone: w == byUDP, Addr: addr, Size: size}
 	if p := d.prober; p != nil {
 		st.RTT, st.Tried, st.Rounds, st.Dropped = p.rtt, p.targets, p.tries, p.dropped
