@@ -84,7 +84,7 @@ func (r *sessionRole) start() (stop func(), err error) {
 		return nil, err
 	}
 	key := wire.NewPrivateKey()
-	local := wire.NewLocal(wire.LocalConfig{TUN: device, Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs, MTU: mtu, GSO: true})
+	local := wire.NewLocal(wire.LocalConfig{TUN: device, Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs, MTU: mtu})
 	bind := carrier.NewBind(carrier.BindConfig{})
 	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind})
 	if err != nil {
