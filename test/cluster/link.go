@@ -29,6 +29,9 @@ func linkCommand(o *options) *cobra.Command {
 				}
 			})
 		}
+		if err == nil && flags.set.Changed("congestion") {
+			err = s.Congestion(flags.controlOfTCP())
+		}
 		if err != nil {
 			return err
 		}
@@ -40,9 +43,10 @@ func linkCommand(o *options) *cobra.Command {
 
 // linkSetting is the flags of the command link.
 type linkSetting struct {
-	set                          *pflag.FlagSet
-	delay, loss, rate, pods, cut string
-	reset                        bool
+	set                                 *pflag.FlagSet
+	delay, loss, rate, queue, pods, cut string
+	congestion                          string
+	reset                               bool
 }
 
 func linkFlags(f *pflag.FlagSet) *linkSetting {
@@ -50,8 +54,10 @@ func linkFlags(f *pflag.FlagSet) *linkSetting {
 	f.StringVar(&s.delay, "delay", "", "one-way delay, like 20ms")
 	f.StringVar(&s.loss, "loss", "", "share of lost frames, like 1%")
 	f.StringVar(&s.rate, "rate", "", "limit each way, like 100mbit; 0 lifts it")
+	f.StringVar(&s.queue, "queue", "", "what may wait for a limited rate, each way, like 256kb; 0: 100 ms of the rate")
 	f.StringVar(&s.cut, "cut", "", "on: nothing passes, as if unplugged; off")
 	f.StringVar(&s.pods, "pods", "", "on: the laptop reaches pods, nodes and node ports directly; off")
+	f.StringVar(&s.congestion, "congestion", "", "congestion control of TCP on laptop, machines and present pods, like cubic or bbr, by their routes; default: the kernel's own")
 	f.BoolVar(&s.reset, "reset", false, "a perfect cable, pods off")
 	return s
 }
@@ -78,6 +84,10 @@ func (s *linkSetting) changes() ([]func(*cluster.Link), error) {
 			v, err := cable.ParseRate(s.rate)
 			return func(l *cluster.Link) { l.Rate = v }, err
 		}},
+		{"queue", func() (func(*cluster.Link), error) {
+			v, err := cable.ParseQueue(s.queue)
+			return func(l *cluster.Link) { l.Queue = v }, err
+		}},
 		{"cut", func() (func(*cluster.Link), error) {
 			v, err := onOff(s.cut)
 			return func(l *cluster.Link) { l.Cut = v }, err
@@ -97,6 +107,14 @@ func (s *linkSetting) changes() ([]func(*cluster.Link), error) {
 		all = append(all, change)
 	}
 	return all, nil
+}
+
+// controlOfTCP is the value of --congestion in the kernel's words.
+func (s *linkSetting) controlOfTCP() string {
+	if s.congestion == "default" {
+		return ""
+	}
+	return s.congestion
 }
 
 func onOff(s string) (bool, error) {

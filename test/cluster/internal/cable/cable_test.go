@@ -26,6 +26,16 @@ func TestParse(t *testing.T) {
 			t.Errorf("rate %q was taken", bad)
 		}
 	}
+	for in, want := range map[string]int{"256kb": 256 << 10, "1MB": 1 << 20, "1500": 1500, "0": 0} {
+		if got, err := ParseQueue(in); err != nil || got != want {
+			t.Errorf("queue %q: %v, %v", in, got, err)
+		}
+	}
+	for _, bad := range []string{"", "x", "-1", "2048mb", "1.5kb"} {
+		if _, err := ParseQueue(bad); err == nil {
+			t.Errorf("queue %q was taken", bad)
+		}
+	}
 	if d, err := ParseDelay("20ms"); err != nil || d != 20*time.Millisecond {
 		t.Errorf("delay: %v, %v", d, err)
 	}
@@ -37,7 +47,7 @@ func TestParse(t *testing.T) {
 func TestString(t *testing.T) {
 	for want, f := range map[string]Faults{
 		"perfect": {}, "cut": {Cut: true, Loss: 0.5},
-		"delay 20ms, loss 1%, rate 100 Mbit/s": {Delay: 20 * time.Millisecond, Loss: 0.01, Rate: 1e8},
+		"delay 20ms, loss 1%, rate 100 Mbit/s with a queue of 1221 KiB": {Delay: 20 * time.Millisecond, Loss: 0.01, Rate: 1e8},
 	} {
 		if f.String() != want {
 			t.Errorf("got %q, want %q", f.String(), want)
@@ -65,7 +75,7 @@ func TestSchedule(t *testing.T) {
 func TestScheduleRate(t *testing.T) {
 	now := time.Unix(1000, 0)
 	var s shaper
-	f := Faults{Rate: 8e6} // a byte per microsecond
+	f := Faults{Rate: 8e6, Queue: 100_000} // a byte per microsecond
 	passed := 0
 	var last time.Time
 	for range 1000 {
@@ -77,12 +87,32 @@ func TestScheduleRate(t *testing.T) {
 			last = at
 		}
 	}
-	if passed < 100 || passed > 102 { // the buffer's 100 ms
-		t.Errorf("%d frames fit the buffer", passed)
+	if passed < 100 || passed > 102 { // the queue's
+		t.Errorf("%d frames fit the queue", passed)
+	}
+	s = shaper{}
+	f.Queue = 0
+	passed = 0
+	for range 2000 {
+		if _, ok := s.schedule(f, now, 1000, 0.5); ok {
+			passed++
+		}
+	}
+	if passed < 100 || passed > 102 { // 100 ms at a byte per microsecond
+		t.Errorf("%d frames fit a queue of no length", passed)
 	}
 	later := now.Add(time.Second)
 	if at, ok := s.schedule(f, later, 1000, 0.5); !ok || at != later.Add(time.Millisecond) {
 		t.Errorf("the cable did not get free: %v, %v", at, ok)
+	}
+}
+
+func TestPerfect(t *testing.T) {
+	if f := (Faults{Queue: 1000}); !f.Perfect() {
+		t.Error("a queue alone is a fault")
+	}
+	if f := (Faults{Queue: 1000, Rate: 1e6}); f.Perfect() {
+		t.Error("a limited rate is none")
 	}
 }
 

@@ -21,11 +21,26 @@ type Faults struct {
 	Delay time.Duration `json:"delay"` // one way
 	Loss  float64       `json:"loss"`  // of the frames, 0 to 1
 	Rate  float64       `json:"rate"`  // bits per second each way, 0: no limit
+	Queue int           `json:"queue"` // bytes that may wait for a limited rate each way, 0: 100 ms of it
 	Cut   bool          `json:"cut"`   // nothing passes
 }
 
 // Perfect says whether the cable has no fault.
-func (f Faults) Perfect() bool { return f == Faults{} }
+func (f Faults) Perfect() bool {
+	f.Queue = 0 // of a rate without limit it says nothing
+	return f == Faults{}
+}
+
+// queueTime is what a queue holds unless it has a length: a router's buffer.
+const queueTime = 100 * time.Millisecond
+
+// queue is how many bytes may wait.
+func (f Faults) queue() float64 {
+	if f.Queue == 0 {
+		return f.Rate / 8 * queueTime.Seconds()
+	}
+	return float64(f.Queue)
+}
 
 // String describes the cable.
 func (f Faults) String() string {
@@ -43,7 +58,7 @@ func (f Faults) String() string {
 		w = append(w, fmt.Sprintf("loss %g%%", f.Loss*100))
 	}
 	if f.Rate > 0 {
-		w = append(w, fmt.Sprintf("rate %g Mbit/s", f.Rate/1e6))
+		w = append(w, fmt.Sprintf("rate %g Mbit/s with a queue of %.0f KiB", f.Rate/1e6, f.queue()/1024))
 	}
 	return strings.Join(w, ", ")
 }
@@ -80,6 +95,22 @@ func ParseRate(s string) (float64, error) {
 	v, err := strconv.ParseFloat(number, 64)
 	if err != nil || v < 0 {
 		return 0, fmt.Errorf("%q is not a rate like 100mbit", s)
+	}
+	return v * unit, nil
+}
+
+// ParseQueue reads a number of bytes like "256kb" or "1mb" (of 1024); 0 is the default.
+func ParseQueue(s string) (int, error) {
+	number, unit := strings.ToLower(s), 1
+	for suffix, u := range map[string]int{"kb": 1 << 10, "mb": 1 << 20} {
+		if n, ok := strings.CutSuffix(number, suffix); ok {
+			number, unit = n, u
+			break
+		}
+	}
+	v, err := strconv.Atoi(number)
+	if err != nil || v < 0 || v > 1<<30/unit {
+		return 0, fmt.Errorf("%q is not a queue like 256kb", s)
 	}
 	return v * unit, nil
 }

@@ -2,9 +2,6 @@ package cable
 
 import "time"
 
-// buffer is how long a frame may wait for a slow cable before it is dropped.
-const buffer = 100 * time.Millisecond
-
 // shaper is one direction of the cable.
 type shaper struct {
 	busy time.Time // until when the sending end is taken
@@ -22,7 +19,9 @@ func (s *shaper) schedule(f Faults, now time.Time, size int, dice float64) (arri
 	if s.busy.Before(now) {
 		s.busy = now
 	}
-	if s.busy.Sub(now) > buffer {
+	// What waits is what the time until the sending end is free has room for. A
+	// frame that finds too much before it is dropped, as by a router.
+	if waiting := s.busy.Sub(now).Seconds() * f.Rate / 8; waiting > f.queue() {
 		return time.Time{}, false
 	}
 	s.busy = s.busy.Add(time.Duration(float64(size) * 8 / f.Rate * float64(time.Second)))
