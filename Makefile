@@ -73,7 +73,7 @@ demo-down: ## end what `make demo` left running
 	$(GO) run ./test/demo down
 
 .PHONY: bench
-bench: build ## figures beside raw kubectl port-forward, in the same run
+bench: build ## figures beside kubectl, stock wireguard-go and the direct way, in the same run; kept in docs/bench
 	$(GO) run ./test/bench
 
 .PHONY: clean

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 )
 
@@ -64,19 +65,63 @@ func pick(better func(a, b float64) bool, all []func(*report) (float64, bool)) f
 	}
 }
 
+// The rows that goals look at.
+const (
+	upRow, downRow = "up, 1", "down, 1"
+	cutRow         = "after a cut of 5 s: link back until traffic"
+	cpuOf          = "CPU of "
+)
+
+func onCluster(row, column string) func(*report) (float64, bool) {
+	return of(carriersTable, row, column)
+}
+
+// underBulkRatio is the worse of both directions, to the idle median.
+func underBulkRatio(congestion, loss, percentile string) func(*report) (float64, bool) {
+	row := func(direction string) func(*report) (float64, bool) {
+		return of(latencyTable(congestion), loss+" % loss, "+direction+": "+percentile+" to idle", best)
+	}
+	return greatest(row("up"), row("down"))
+}
+
+// toDirect is what bulk reaches of direct TCP on the same link.
+func toDirect(direction string) func(*report) (float64, bool) {
+	row := "0 % loss, " + direction + ": bulk"
+	return ratio(of(latencyTable("cubic"), row, best), of(latencyTable("cubic"), row, direct))
+}
+
 var aims = []aim{
-	{"CPU of the session on a plain carrier, the worse of up and down", "≤", 1.2, "s/GB",
-		greatest(of(plainTable, "CPU of session: up, 1", "culvert"), of(plainTable, "CPU of session: down, 1", "culvert"))},
-	{"CPU of the agent on a plain carrier, the worse of up and down", "≤", 1.5, "s/GB",
-		greatest(of(plainTable, "CPU of agent: up, 1", "culvert"), of(plainTable, "CPU of agent: down, 1", "culvert"))},
-	{"new connections, 32 workers, 8 targets, plain carrier", "≥", 5000, "/s", of(plainTable, "new connections, 32", "culvert")},
+	{"one connection up, pods/proxy, to raw kubectl port-forward (WebSocket)", "≥", 1.3, "", ratio(onCluster(upRow, best), onCluster(upRow, webSocket))},
+	{"one connection down, pods/proxy, to raw kubectl port-forward (WebSocket)", "≥", 0.85, "", ratio(onCluster(downRow, best), onCluster(downRow, webSocket))},
+	{"one connection up, port-forward, to raw SPDY", "≥", 0.5, "", ratio(onCluster(upRow, portForward), onCluster(upRow, spdy))},
+	{"one connection down, port-forward, to raw SPDY", "≥", 0.4, "", ratio(onCluster(downRow, portForward), onCluster(downRow, spdy))},
+	{"network-bound (100 Mbit/s, 50 ms), to direct TCP, the worse of up and down", "≥", 0.95, "", least(toDirect("up"), toDirect("down"))},
+	{"round trip p50, pods/proxy, to raw kubectl port-forward (WebSocket)", "≤", 0.7, "", ratio(onCluster("round trip p50", best), onCluster("round trip p50", webSocket))},
+	{"ping p50 under bulk, no loss, cubic, to idle, the worse of up and down", "≤", 1.6, "", underBulkRatio("cubic", "0", "p50")},
+	{"ping p99 under bulk, no loss, cubic, to idle p50", "≤", 2, "", underBulkRatio("cubic", "0", "p99")},
+	{"ping p50 under bulk, 1 % loss, cubic, to idle", "≤", 1.1, "", underBulkRatio("cubic", "1", "p50")},
+	{"ping p99 under bulk, 1 % loss, cubic, to idle p50", "≤", 3, "", underBulkRatio("cubic", "1", "p99")},
+	{"beside: ping p50 under bulk, no loss, bbr", "≤", 1.6, "", underBulkRatio("bbr", "0", "p50")},
+	{"beside: ping p99 under bulk, no loss, bbr", "≤", 2, "", underBulkRatio("bbr", "0", "p99")},
+	{"one connection up, UDP, to stock wireguard-go with stock netstack", "≥", 1, "", ratio(onCluster(upRow, udpCarrier), onCluster(upRow, stockNet))},
+	{"one connection down, UDP, to stock wireguard-go with stock netstack", "≥", 1, "", ratio(onCluster(downRow, udpCarrier), onCluster(downRow, stockNet))},
+	{"CPU of the session, plain carrier, one connection, the worse of up and down", "≤", 1.2, "s/GB",
+		greatest(of(plainTable, cpuOf+"session: "+upRow, culvertColumn), of(plainTable, cpuOf+"session: "+downRow, culvertColumn))},
+	{"CPU of the agent, plain carrier, one connection, the worse of up and down", "≤", 1.5, "s/GB",
+		greatest(of(plainTable, cpuOf+"agent: "+upRow, culvertColumn), of(plainTable, cpuOf+"agent: "+downRow, culvertColumn))},
+	{"new connections, 32 workers, 8 targets, plain carrier", "≥", 5000, "/s", of(plainTable, "new connections, 32", culvertColumn)},
+	{"memory of the session, 8 bulk flows", "≤", 60, "MB", greatest(of(memoryTable, "8 bulk flows up", "session"), of(memoryTable, "8 bulk flows down", "session"))},
+	{"memory of the agent, 8 bulk flows", "≤", 100, "MB", greatest(of(memoryTable, "8 bulk flows up", "agent"), of(memoryTable, "8 bulk flows down", "agent"))},
+	{"memory of the agent, 10,000 idle connections", "≤", 250, "MB", of(memoryTable, idleRow, "agent")},
+	{"carrier cut for 5 s, network back: traffic flows after", "≤", 1, "s", of(reconnectTable, cutRow, best)},
+	{"the same over port-forward", "≤", 1, "s", of(reconnectTable, cutRow, portForward)},
 }
 
 // judge measures the goals of the issue against a report.
 func judge(r *report) []goal {
 	var all []goal
 	for _, a := range aims {
-		g := goal{Figure: a.figure, Goal: fmt.Sprintf("%s %g %s", a.sign, a.bound, a.unit)}
+		g := goal{Figure: a.figure, Goal: strings.TrimSpace(fmt.Sprintf("%s %g %s", a.sign, a.bound, a.unit))}
 		if v, ok := a.value(r); ok {
 			g.Measured = &v
 			g.Holds = a.sign == "≥" && v >= a.bound || a.sign == "≤" && v <= a.bound

@@ -40,6 +40,11 @@ type part struct {
 // asked afterwards how little memory it needs.
 var parts = []part{
 	{"plain", false, (*bench).plain},
+	{"carriers", true, (*bench).carriers},
+	{"latency", true, (*bench).latency},
+	{"matrix", true, (*bench).matrix},
+	{"reconnect", true, (*bench).reconnect},
+	{"memory", true, (*bench).memory},
 }
 
 // bench is one run.
@@ -64,7 +69,15 @@ func main() {
 	flag.StringVar(&o.out, "out", "", "directory for the JSON and the plot (default: docs/bench for a whole run, none for a part)")
 	flag.BoolVar(&o.whole, "whole-matrix", false, "measure all 27 links, not only the chosen ones")
 	flag.StringVar(&o.profiles, "profiles", "", "directory for CPU profiles of the part plain")
+	redraw := flag.String("redraw", "", "only judge and draw again what a JSON file says")
 	flag.Parse()
+	if *redraw != "" {
+		if err := again(*redraw); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if *only != "" {
 		o.only = strings.Split(*only, ",")
 	}

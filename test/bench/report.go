@@ -95,12 +95,30 @@ func (r *report) print(out io.Writer) {
 		r.Date.Format("2006-01-02 15:04 MST"), r.Commit, r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, r.Rounds, r.Took)
 }
 
+// again judges and draws anew what an earlier run found.
+func again(file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	r := &report{}
+	if err := json.Unmarshal(b, r); err != nil {
+		return fmt.Errorf("reading %s: %w", file, err)
+	}
+	r.Goals = judge(r)
+	r.print(os.Stdout)
+	return r.saveAs(strings.TrimSuffix(file, ".json"))
+}
+
 // save writes DATE.json and DATE.png into a directory.
 func (r *report) save(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	base := filepath.Join(dir, r.Date.Format("2006-01-02"))
+	return r.saveAs(filepath.Join(dir, r.Date.Format("2006-01-02")))
+}
+
+func (r *report) saveAs(base string) error {
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err

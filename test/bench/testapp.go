@@ -53,7 +53,17 @@ func (b *bench) measure(at place, args ...string) (answer, error) {
 const warmUp = 0.3
 
 // figureOf is a row of a table and the field of an answer that it shows.
-type figureOf struct{ row, unit, field string }
+type figureOf struct {
+	row, unit, field string
+	scale            float64 // 0: as it is
+}
+
+func (f figureOf) times() float64 {
+	if f.scale == 0 {
+		return 1
+	}
+	return f.scale
+}
 
 // cell is a test of testapp's and the figures that are taken from it.
 type cell struct {
@@ -66,7 +76,7 @@ func (b *bench) throughput(row, test string, port, flows int) cell {
 		func(addr func(int) string) []string {
 			return []string{test, addr(port), fmt.Sprint(b.seconds), fmt.Sprint(flows), fmt.Sprint(warmUp)}
 		},
-		[]figureOf{{row, "Mbit/s", "mbit_per_s"}},
+		[]figureOf{{row: row, unit: "Mbit/s", field: "mbit_per_s"}},
 	}
 }
 
@@ -80,7 +90,7 @@ func down(b *bench, flows int) cell {
 func roundTrip() cell {
 	return cell{
 		func(addr func(int) string) []string { return []string{"rtt", addr(9000), "2000"} },
-		[]figureOf{{"round trip p50", "ms", "p50_ms"}, {"round trip p99", "ms", "p99_ms"}},
+		[]figureOf{{row: "round trip p50", unit: "ms", field: "p50_ms"}, {row: "round trip p99", unit: "ms", field: "p99_ms"}},
 	}
 }
 
@@ -89,7 +99,7 @@ func connections(b *bench, workers int) cell {
 		func(addr func(int) string) []string {
 			return []string{"conns", addr(9000), fmt.Sprint(b.seconds), fmt.Sprint(workers)}
 		},
-		[]figureOf{{fmt.Sprintf("new connections, %d", workers), "/s", "per_s"}},
+		[]figureOf{{row: fmt.Sprintf("new connections, %d", workers), unit: "/s", field: "per_s"}},
 	}
 }
 
@@ -100,7 +110,7 @@ func (b *bench) into(t *Table, column string, at place, c cell, addr func(int) s
 		if err != nil {
 			t.fail(f.row, f.unit, column, err)
 		} else {
-			t.add(f.row, f.unit, column, got[f.field])
+			t.add(f.row, f.unit, column, got[f.field]*f.times())
 		}
 	}
 	return got, err

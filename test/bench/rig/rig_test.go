@@ -55,7 +55,7 @@ func TestPlain(t *testing.T) {
 	}
 	defer p.Close()
 	before := CPU(p.Session.PID())
-	if got := run(t, p.Command(app, "--json", "push", p.Targets[0].String()+":9002", "1", "2")); got["mbit_per_s"].(float64) < 50 {
+	if got := run(t, p.Command(app, "--json", "push", p.Targets[0].String()+":9002", "0.5", "2")); got["mbit_per_s"].(float64) < 1 {
 		t.Error("hardly anything arrived")
 	}
 	if CPU(p.Session.PID()) == before {
@@ -83,7 +83,7 @@ func TestStock(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := run(t, p.Command(app, "--json", "pull", s.Addr.String()+":9003", "1")); got["mbit_per_s"].(float64) < 50 {
+		if got := run(t, p.Command(app, "--json", "pull", s.Addr.String()+":9003", "0.5")); got["mbit_per_s"].(float64) < 1 {
 			t.Error("hardly anything arrived")
 		}
 		s.Close()

@@ -24,6 +24,7 @@ type role struct {
 	Agent   *agentRole
 	Stock   *stockRole
 	Server  *serverRole
+	Proxy   *proxyRole
 	Profile string `json:",omitempty"` // file for a CPU profile of its whole life
 }
 
@@ -35,6 +36,8 @@ func (r role) name() string {
 		return "agent"
 	case r.Stock != nil:
 		return "stock"
+	case r.Proxy != nil:
+		return "proxy"
 	}
 	return "server"
 }
@@ -82,6 +85,8 @@ func (r role) run() error {
 		stop, err = r.Stock.start()
 	case r.Server != nil:
 		stop, err = r.Server.start()
+	case r.Proxy != nil:
+		stop, err = r.Proxy.start()
 	default:
 		err = errors.New("no role")
 	}

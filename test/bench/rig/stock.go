@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"strings"
@@ -83,17 +82,12 @@ func (r *stockRole) relay(stack *netstack.Net, port uint16) error {
 				return
 			}
 			go func() {
-				defer in.Close()
 				out, err := net.DialTimeout("tcp", netip.AddrPortFrom(r.Relay, port).String(), 5*time.Second)
 				if err != nil {
+					in.Close()
 					return
 				}
-				defer out.Close()
-				go func() {
-					_, _ = io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{in}, make([]byte, 256<<10))
-					_ = out.(*net.TCPConn).CloseWrite()
-				}()
-				_, _ = io.CopyBuffer(struct{ io.Writer }{in}, struct{ io.Reader }{out}, make([]byte, 256<<10))
+				join(in, out)
 			}()
 		}
 	}()
