@@ -81,6 +81,8 @@ func TestSleepClock(t *testing.T) {
 		{time.Second, time.Second, 0},
 		{time.Minute, time.Second, 59 * time.Second},
 		{time.Second, time.Second, 0},
+		{-time.Hour, time.Second, -time.Hour - time.Second},
+		{time.Second, time.Second, 0},
 	} {
 		now = now.Add(step.wall)
 		if got := c.slept(now, c.mono+step.mono); got != step.want {

@@ -24,7 +24,7 @@ func (r *rig) replaceFar(t *testing.T) {
 	}
 	t.Cleanup(r.farTunnel.Close)
 	r.dial(t)
-	if err := errors.Join(r.farTunnel.SetPeer(r.nearTunnel.own, everyone), r.nearTunnel.SetPeer(key.Public(), everyone)); err != nil {
+	if err := errors.Join(r.farTunnel.SetPeer(r.nearKey.Public(), everyone), r.nearTunnel.SetPeer(key.Public(), everyone)); err != nil {
 		t.Fatal(err)
 	}
 }

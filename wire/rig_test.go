@@ -171,6 +171,7 @@ type rig struct {
 	near, far             *namespace
 	local                 *Local
 	nearTunnel, farTunnel *Tunnel
+	nearKey               Key
 	nearBind, farBind     *carrier.Bind
 }
 
@@ -187,6 +188,7 @@ func newRig(t testing.TB, gso bool) *rig {
 func (r *rig) join(t testing.TB, near, farDev wgtun.Device) {
 	t.Helper()
 	a, b := NewPrivateKey(), NewPrivateKey()
+	r.nearKey = a
 	r.nearBind, r.farBind = carrier.NewBind(carrier.BindConfig{}), carrier.NewBind(carrier.BindConfig{})
 	var err error
 	if r.nearTunnel, err = New(Config{Device: near, PrivateKey: a, Bind: r.nearBind}); err != nil {

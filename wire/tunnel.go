@@ -42,7 +42,6 @@ type Config struct {
 type Tunnel struct {
 	bind *carrier.Bind
 	dev  *device.Device
-	own  Key // public
 
 	passive bool
 	keep    time.Duration
@@ -50,6 +49,7 @@ type Tunnel struct {
 	once sync.Once
 
 	mu   sync.Mutex
+	own  Key // public
 	peer Key // zero: none
 }
 
@@ -59,20 +59,32 @@ func New(cfg Config) (*Tunnel, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	t := &Tunnel{bind: cfg.Bind, own: cfg.PrivateKey.Public(), keep: keepalive}
+	t := &Tunnel{bind: cfg.Bind, keep: keepalive}
 	if cfg.Passive {
 		t.keep = 0
 	}
 	t.dev = device.NewDevice(cfg.Bind.Gate(cfg.Device), cfg.Bind, logger(log))
-	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(cfg.PrivateKey[:]) + "\n"); err != nil {
+	if err := t.SetKey(cfg.PrivateKey); err != nil {
 		t.Close()
-		return nil, fmt.Errorf("setting the WireGuard key: %w", err)
+		return nil, err
 	}
 	if err := t.dev.Up(); err != nil {
 		t.Close()
 		return nil, fmt.Errorf("starting WireGuard: %w", err)
 	}
 	return t, nil
+}
+
+// SetKey makes another key the tunnel's own. What is sent from then on waits for
+// a handshake, which a peer can answer that was told the new public key.
+func (t *Tunnel) SetKey(private Key) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(private[:]) + "\n"); err != nil {
+		return fmt.Errorf("setting the WireGuard key: %w", err)
+	}
+	t.own = private.Public()
+	return nil
 }
 
 // SetPeer replaces whatever peer there was by pub, which may send from and be
@@ -83,11 +95,11 @@ func (t *Tunnel) SetPeer(pub Key, allowed []netip.Prefix) error {
 	if pub.IsZero() {
 		return errors.New("setting the WireGuard peer: no public key")
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if pub == t.own {
 		return errors.New("setting the WireGuard peer: its public key is my own")
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	// One operation: WireGuard holds its configuration's lock over all of it.
 	// Prefixes move to the new peer before the old one goes, so no packet that is
 	// read in between finds none and is dropped.

@@ -293,3 +293,31 @@ func BenchmarkTCP(b *testing.B) {
 		})
 	}
 }
+
+// TestNewKey: a tunnel goes on with another key of its own over another stream,
+// and what is open in it goes on, too.
+func TestNewKey(t *testing.T) {
+	r := newRig(t, true)
+	near, far := r.connect(t, farAddrs[0])
+	for range 3 {
+		key := NewPrivateKey()
+		if err := r.nearTunnel.SetKey(key); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.farTunnel.SetPeer(key.Public(), everyone); err != nil {
+			t.Fatal(err)
+		}
+		r.dial(t)
+		begun := time.Now()
+		if _, err := near.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		far.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := far.Read(make([]byte, 1)); err != nil || time.Since(begun) > 2*time.Second {
+			t.Errorf("after %v: %v", time.Since(begun), err)
+		}
+	}
+	if err := r.nearTunnel.SetPeer(r.nearTunnel.own, everyone); err == nil {
+		t.Error("its own key is taken for the peer's")
+	}
+}
