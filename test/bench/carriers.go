@@ -124,7 +124,9 @@ func (b *bench) carrier(t *Table, w *way, round int) {
 	}
 	for _, c := range cells {
 		if w.broken != nil {
-			t.fail(c.figures[0].row, c.figures[0].unit, w.name, w.broken)
+			for _, f := range c.figures {
+				t.fail(f.row, f.unit, w.name, w.broken)
+			}
 			continue
 		}
 		s, a := rig.CPU(session), rig.CPU(agent)

@@ -44,6 +44,7 @@ func newLab() (l *lab, err error) {
 	defer func() {
 		if err != nil {
 			l.close(false)
+			l = nil
 		}
 	}()
 	cmd := m.ClusterCommand("up")

@@ -7,11 +7,16 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/test/bench/rig"
@@ -53,6 +58,9 @@ type bench struct {
 	repo   string
 	report *report
 	lab    *lab // nil without a cluster
+
+	mu     sync.Mutex // while lab comes and goes
+	closed bool
 }
 
 func main() {
@@ -93,36 +101,71 @@ func main() {
 	}
 }
 
-func run(o options) (err error) {
+func run(o options) error {
 	repo, err := netlab.Repo()
 	if err != nil {
 		return err
 	}
 	b := &bench{options: o, repo: repo, report: newReport(o.rounds, o.seconds)}
-	defer func() { b.lab.close(o.keep) }()
-	for _, p := range parts {
-		if len(o.only) > 0 && !slices.Contains(o.only, p.name) {
-			continue
-		}
-		if p.cluster && b.lab == nil {
-			if b.lab, err = newLab(); err != nil {
-				return err
-			}
-		}
-		begun := time.Now()
-		if err := p.run(b); err != nil {
-			return fmt.Errorf("%s: %w", p.name, err)
-		}
-		fmt.Fprintf(os.Stderr, "%s: %.0f s\n", p.name, time.Since(begun).Seconds())
+	// Whoever interrupts it wants no cluster left behind.
+	interrupt := make(chan os.Signal, 1)
+	signal.Notify(interrupt, os.Interrupt, syscall.SIGTERM)
+	measured := make(chan error, 1)
+	go func() { measured <- b.measureParts() }()
+	select {
+	case err = <-measured:
+	case <-interrupt:
+		b.closeLab()
+		return errors.New("interrupted")
 	}
+	b.closeLab()
 	b.report.finish()
 	b.report.print(os.Stdout)
 	dir := o.out
-	if dir == "" && len(o.only) == 0 {
-		dir = b.repo + "/docs/bench"
+	if dir == "" && len(o.only) == 0 && err == nil {
+		dir = filepath.Join(b.repo, "docs", "bench")
 	}
-	if dir == "" {
-		return nil
+	if dir != "" {
+		err = errors.Join(err, b.report.save(dir))
 	}
-	return b.report.save(dir)
+	return err
+}
+
+// measureParts measures what was asked for. A part that goes wrong does not keep
+// the others from being measured.
+func (b *bench) measureParts() (err error) {
+	for _, p := range parts {
+		if len(b.only) > 0 && !slices.Contains(b.only, p.name) {
+			continue
+		}
+		if p.cluster && b.lab == nil {
+			if e := b.openLab(); e != nil {
+				return errors.Join(err, e) // nothing that follows does without it
+			}
+		}
+		begun := time.Now()
+		if e := p.run(b); e != nil {
+			err = errors.Join(err, fmt.Errorf("%s: %w", p.name, e))
+		}
+		fmt.Fprintf(os.Stderr, "%s: %.0f s\n", p.name, time.Since(begun).Seconds())
+	}
+	return err
+}
+
+func (b *bench) openLab() error {
+	l, err := newLab()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed && l != nil {
+		l.close(b.keep)
+	}
+	b.lab = l
+	return err
+}
+
+func (b *bench) closeLab() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	b.lab.close(b.keep)
 }

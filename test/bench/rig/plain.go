@@ -92,10 +92,13 @@ func manyPorts() error {
 	return nil
 }
 
+// awaitTime is longer than WireGuard takes to repeat a handshake twice.
+const awaitTime = 12 * time.Second
+
 // Await waits until somebody accepts TCP connections at addr.
 func (n *Namespace) Await(addr netip.AddrPort) error {
 	var err error
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(awaitTime); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		err = n.Do(func() error {
 			c, err := net.DialTimeout("tcp", addr.String(), time.Second)
 			if err == nil {
