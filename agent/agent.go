@@ -22,6 +22,9 @@
 //     at once, 64 KiB each at most, and 64 TCP connections.
 //   - the queue to WireGuard: 1 MiB, 2 with control packets. What is inside
 //     WireGuard is bounded by carrier.Bind.
+//   - standard peers (peer.Max, 8): 24 MiB of WireGuard's own buffers while there is
+//     one, the queue to it as above, inside it 16 MiB inwards from all of them and
+//     8 MiB outwards for each that takes them slowly: see wire.Hub.
 //   - streams that have not introduced themselves: 16, and as many at the port for
 //     pods/proxy that have not proved themselves.
 package agent
@@ -42,6 +45,7 @@ import (
 
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/peer"
 )
 
 // Config of an Agent. A field's zero value is its default.
@@ -57,6 +61,9 @@ type Config struct {
 	// UDPPort is where the session's UDP arrives, on PodIPs, once one was introduced
 	// that wants it: 7534. Negative: nowhere.
 	UDPPort int
+	// PeerPort is the UDP port for standard WireGuard peers, on all addresses of
+	// the pod, open while there is one: 51820. Negative: there can be none.
+	PeerPort int
 	// ResolvConf is the path of the pod's resolver settings: /etc/resolv.conf.
 	ResolvConf string
 	// PodIPs are the pod's own addresses; those of the interfaces if empty.
@@ -85,6 +92,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.UDPPort == 0 {
 		c.UDPPort = carrier.UDPPort
+	}
+	if c.PeerPort == 0 {
+		c.PeerPort = peer.Port
 	}
 	if c.ResolvConf == "" {
 		c.ResolvConf = "/etc/resolv.conf"

@@ -14,8 +14,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
-
-	"github.com/culvert-dev/culvert/wire/netstack"
 )
 
 const (
@@ -39,11 +37,11 @@ type dnsRelay struct {
 	queries chan struct{}
 	conns   chan struct{}
 
-	packets   []*gonet.UDPConn
-	listeners []*gonet.TCPListener
-	mu        sync.Mutex
-	open      map[net.Conn]struct{}
-	closed    bool
+	stop func() // ends what listens for the session
+
+	mu     sync.Mutex
+	open   map[net.Conn]struct{}
+	closed bool
 }
 
 func newDNSRelay(n *node) *dnsRelay {
@@ -55,24 +53,33 @@ func newDNSRelay(n *node) *dnsRelay {
 	}
 }
 
-// listen opens the stack's sockets and serves them.
-func (d *dnsRelay) listen() error {
-	for _, addr := range d.node.self {
-		at := tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(addr.AsSlice()), Port: dnsPort}
+// listen opens the stack's sockets at addrs, which are on an interface of it, and
+// serves them until stop is called.
+func (d *dnsRelay) listen(nic tcpip.NICID, addrs []netip.Addr) (stop func(), err error) {
+	var opened []io.Closer
+	stop = func() {
+		for _, c := range opened {
+			c.Close()
+		}
+	}
+	for _, addr := range addrs {
+		at := tcpip.FullAddress{NIC: nic, Addr: tcpip.AddrFromSlice(addr.AsSlice()), Port: dnsPort}
 		c, err := gonet.DialUDP(d.node.stack, &at, nil, protocolOf(addr))
 		if err != nil {
-			return fmt.Errorf("listening for DNS at %s: %w", addr, err)
+			stop()
+			return nil, fmt.Errorf("listening for DNS at %s: %w", addr, err)
 		}
-		d.packets = append(d.packets, c)
+		opened = append(opened, c)
 		l, err := gonet.ListenTCP(d.node.stack, at, protocolOf(addr))
 		if err != nil {
-			return fmt.Errorf("listening for DNS over TCP at %s: %w", addr, err)
+			stop()
+			return nil, fmt.Errorf("listening for DNS over TCP at %s: %w", addr, err)
 		}
-		d.listeners = append(d.listeners, l)
+		opened = append(opened, l)
 		d.node.spawn(func() { d.servePackets(c) })
 		d.node.spawn(func() { d.serveConns(l) })
 	}
-	return nil
+	return stop, nil
 }
 
 func (d *dnsRelay) close() {
@@ -82,11 +89,8 @@ func (d *dnsRelay) close() {
 		c.Close()
 	}
 	d.mu.Unlock()
-	for _, c := range d.packets {
-		c.Close()
-	}
-	for _, l := range d.listeners {
-		l.Close()
+	if d.stop != nil {
+		d.stop()
 	}
 }
 
@@ -95,10 +99,7 @@ func (d *dnsRelay) servePackets(c *gonet.UDPConn) {
 	for {
 		n, from, err := c.ReadFrom(buf)
 		if err != nil {
-			if d.node.ctx.Err() != nil {
-				return
-			}
-			if strings.Contains(err.Error(), "closed") {
+			if d.node.ctx.Err() != nil || errors.Is(err, io.EOF) || strings.Contains(err.Error(), "closed") {
 				return
 			}
 			continue // an ICMP error of a client that is gone

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -94,10 +95,8 @@ func parseReply(v6 bool, msg []byte, seq uint16) ([]byte, bool) {
 // the stack from answering it.
 func (f *echoForwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	to := netipAddr(id.LocalAddress)
-	for _, own := range f.node.self {
-		if to == own {
-			return false // the stack answers: the session's probe
-		}
+	if slices.Contains(f.node.self, to) || f.node.peers.owns(to) {
+		return false // the stack answers: a probe of the way here
 	}
 	v6 := pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber
 	msg := append(append([]byte(nil), pkt.TransportHeader().Slice()...), pkt.Data().AsRange().ToSlice()...)

@@ -60,6 +60,7 @@ func (a *Agent) serveWeb(ctx context.Context, l net.Listener) error {
 		}
 		a.answer(w, err)
 	})
+	a.handlePeers(mux)
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -109,7 +110,7 @@ func (a *Agent) alive(ctx context.Context) error {
 		return fmt.Errorf("a lock of the network stack was not free for %s", stuckAfter)
 	}
 	if n := a.node(); n != nil {
-		if d := n.endpoint.Delivering(); d > stuckAfter {
+		if d := max(n.endpoint.Delivering(), n.peers.delivering()); d > stuckAfter {
 			return fmt.Errorf("the network stack has been at one delivery for %s", d.Round(time.Second))
 		}
 	}

@@ -9,8 +9,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
-
-	"github.com/culvert-dev/culvert/wire/netstack"
 )
 
 // echoHeader is the length of type, code, checksum, ident and sequence number
@@ -112,7 +110,7 @@ func (n *node) sendUnreachable(code unreachableCode, proto tcpip.TransportProtoc
 // is lost, as ICMP may be.
 func (n *node) sendICMP(from, to netip.Addr, msg []byte) {
 	src, dst := tcpip.AddrFromSlice(from.AsSlice()), tcpip.AddrFromSlice(to.AsSlice())
-	route, err := n.stack.FindRoute(netstack.NIC, src, dst, protocolOf(to), false)
+	route, err := n.stack.FindRoute(n.nicOf(to), src, dst, protocolOf(to), false)
 	if err != nil {
 		return
 	}

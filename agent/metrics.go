@@ -65,6 +65,7 @@ func newMetrics(a *Agent) *metrics {
 	gauge("tcp_connections", "Open TCP connections.", func(n *node) float64 { open, _ := n.tcp.counts(); return float64(open) })
 	gauge("tcp_dialing", "TCP connections whose target has not answered.", func(n *node) float64 { _, d := n.tcp.counts(); return float64(d) })
 	gauge("udp_flows", "UDP flows.", func(n *node) float64 { return float64(n.udp.count()) })
+	gauge("peers", "Standard WireGuard peers.", func(n *node) float64 { return float64(n.peers.count()) })
 	gauge("queue_bytes", "Packets that wait for WireGuard, in bytes.", func(n *node) float64 { return float64(n.endpoint.Queued()) })
 	gauge("queue_dropped", "Packets that found the queue to WireGuard full.", func(n *node) float64 { return float64(n.endpoint.Dropped()) })
 	gauge("carrier_udp_sent_bytes", "WireGuard messages sent by UDP, in bytes.", func(n *node) float64 { return float64(n.bind.Stats().Datagrams.Sent) })

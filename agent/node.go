@@ -43,6 +43,7 @@ type node struct {
 
 	proxy     *proxyDoor    // nil if there is none
 	datagrams *datagramDoor // nil if there is none
+	peers     *peers
 
 	allowed []netip.Prefix // addresses of the peer
 	turn    atomic.Uint64  // counts peers
@@ -71,7 +72,8 @@ func (a *Agent) newNode(h carrier.Hello) (*node, error) {
 		n.allowed = append(n.allowed, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
-	n.targets = newTargets(a.cfg, h)
+	n.peers = &peers{node: n}
+	n.targets = newTargets(a.cfg, h, n.peers)
 	mtu := mtuOf(h)
 	n.endpoint = netstack.New(netstack.Config{MTU: mtu, GSO: n.gso, Split: func() int { return way.MaxPacket(mtu) }})
 	s, err := netstack.NewStack(n.endpoint)
@@ -112,7 +114,8 @@ func (n *node) start() error {
 	n.udp = newUDPForwarder(n)
 	n.echo = newEchoForwarder(n)
 	n.dns = newDNSRelay(n)
-	if err := n.dns.listen(); err != nil {
+	var err error
+	if n.dns.stop, err = n.dns.listen(netstack.NIC, n.self); err != nil {
 		return err
 	}
 	t, err := wire.New(wire.Config{Device: n.endpoint, PrivateKey: n.agent.key, Bind: n.bind, Log: n.agent.log, Passive: true})
@@ -207,6 +210,7 @@ func (n *node) close() {
 			n.proxy.close()
 		}
 		n.endpoint.Close()
+		n.peers.close()
 		if n.tunnel != nil {
 			n.tunnel.Close()
 		}

@@ -17,13 +17,15 @@ type targets struct {
 	podIPs    []netip.Addr
 	podPorts  []uint16     // the agent's own, on the pod's addresses
 	broadcast []netip.Addr // of the pod's networks
+	peers     *peers       // neither session nor peers reach a peer
 }
 
-func newTargets(cfg Config, h carrier.Hello) *targets {
+func newTargets(cfg Config, h carrier.Hello, p *peers) *targets {
 	t := &targets{
 		tunnel:    slices.Concat(h.Tunnel, h.Agent, h.Inbound),
 		podIPs:    cfg.PodIPs,
 		broadcast: broadcastAddrs(),
+		peers:     p,
 	}
 	for _, addr := range []string{cfg.ControlAddr, cfg.MetricsAddr} {
 		if _, p, err := net.SplitHostPort(addr); err == nil {
@@ -32,7 +34,7 @@ func newTargets(cfg Config, h carrier.Hello) *targets {
 			}
 		}
 	}
-	for _, port := range []int{cfg.ProxyPort, cfg.UDPPort} {
+	for _, port := range []int{cfg.ProxyPort, cfg.UDPPort, cfg.PeerPort} {
 		if port > 0 {
 			t.podPorts = append(t.podPorts, uint16(port))
 		}
@@ -44,7 +46,7 @@ func newTargets(cfg Config, h carrier.Hello) *targets {
 func (t *targets) allows(addr netip.Addr, port uint16) bool {
 	// An IPv4 address in IPv6 clothes is the same to the kernel's connect.
 	addr = addr.Unmap()
-	if forbidden(addr) || slices.Contains(t.tunnel, addr) || slices.Contains(t.broadcast, addr) {
+	if forbidden(addr) || slices.Contains(t.tunnel, addr) || slices.Contains(t.broadcast, addr) || t.peers.contains(addr) {
 		return false
 	}
 	return !slices.Contains(t.podIPs, addr) || !slices.Contains(t.podPorts, port)

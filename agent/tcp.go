@@ -216,6 +216,22 @@ func (f *tcpForwarder) each(do func(*relay)) {
 	}
 }
 
+// leave ends the connections of a client that is gone for good.
+func (f *tcpForwarder) leave(client tcpip.Address) {
+	f.mu.Lock()
+	for id, d := range f.dialing {
+		if id.RemoteAddress == client {
+			d.cancel()
+		}
+	}
+	f.mu.Unlock()
+	f.each(func(r *relay) {
+		if from, err := r.ep.GetRemoteAddress(); err == nil && from.Addr == client {
+			r.reset()
+		}
+	})
+}
+
 // close resets every connection; node.close waits for them.
 func (f *tcpForwarder) close() {
 	f.mu.Lock()

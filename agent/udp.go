@@ -163,6 +163,17 @@ func (f *udpForwarder) count() int {
 	return len(f.flows)
 }
 
+// leave ends the flows of a client that is gone for good.
+func (f *udpForwarder) leave(client tcpip.Address) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id, flow := range f.flows {
+		if id.RemoteAddress == client {
+			flow.end()
+		}
+	}
+}
+
 func (f *udpForwarder) close() {
 	f.mu.Lock()
 	f.closed = true
