@@ -272,9 +272,9 @@ func full(addr netip.Addr, port uint16) tcpip.FullAddress {
 
 func (c *client) own(to netip.Addr) netip.Addr {
 	if to.Is4() {
-		return tunnel4
+		return c.hello.Tunnel[0]
 	}
-	return tunnel6
+	return c.hello.Tunnel[1]
 }
 
 func (c *client) dialTCP(to netip.AddrPort, timeout time.Duration) (*gonet.TCPConn, error) {
@@ -420,4 +420,14 @@ func pump(e *netstack.Endpoint) <-chan []byte {
 		}
 	}()
 	return packets
+}
+
+// listen accepts connections at addr of the client's stack, and says nothing.
+func listen(t testing.TB, c *client, addr netip.Addr, port uint16) {
+	t.Helper()
+	l, err := gonet.ListenTCP(c.stack, full(addr, port), protocolOf(addr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
 }
