@@ -3,6 +3,7 @@ module github.com/culvert-dev/culvert
 go 1.26.3
 
 require (
+	github.com/boombuler/barcode v1.1.0
 	github.com/godbus/dbus/v5 v5.2.4
 	github.com/google/go-containerregistry v0.22.1
 	github.com/gorilla/websocket v1.5.4-0.20250319132907-e064f32e3674

@@ -43,6 +43,9 @@ func newServer(ctx context.Context, cfg Config, sup *supervisor, connContext fun
 	mux.HandleFunc("POST "+api.PathConnect, s.connect)
 	mux.HandleFunc("POST "+api.PathDisconnect, s.disconnect)
 	mux.HandleFunc("POST "+api.PathPing, s.ping)
+	mux.HandleFunc("POST "+api.PathPeers, s.peers)
+	mux.HandleFunc("POST "+api.PathPeerAdd, s.peerAdd)
+	mux.HandleFunc("POST "+api.PathPeerRemove, s.peerRemove)
 	mux.HandleFunc("GET "+api.PathLogs, s.logs)
 	mux.HandleFunc("POST "+api.PathFacts, s.facts)
 	s.http = &http.Server{

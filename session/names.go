@@ -95,6 +95,12 @@ func (n *names) clusterDomain() string {
 	return n.domain
 }
 
+// search is what completes short names, as in the cluster's own pods.
+func (n *names) search() []string {
+	_, search := n.get().Domains()
+	return search
+}
+
 // serve answers on new sockets, when there are some; the old ones are closed.
 func (n *names) serve(udp, tcp *os.File, granted link.Granted) error {
 	if udp == nil && tcp == nil {

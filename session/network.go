@@ -348,6 +348,31 @@ func (n *network) prefixes() []netip.Prefix {
 	return ps
 }
 
+// routed are the prefixes that the machine's routes lead into the cluster, and
+// those among them that they do not.
+func (n *network) routed() (plan, excluded []netip.Prefix) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, r := range slices.Concat(n.ranges.Routes, n.include) {
+		plan = append(plan, r.Prefix)
+	}
+	for _, r := range n.exclude {
+		excluded = append(excluded, r.Prefix)
+	}
+	return plan, excluded
+}
+
+// busy are all prefixes and addresses that mean something to this session.
+func (n *network) busy() []netip.Prefix {
+	plan, excluded := n.routed()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, a := range slices.Concat(n.server, n.grant.Tunnel, n.grant.Agent, n.grant.Inbound) {
+		excluded = append(excluded, netip.PrefixFrom(a, a.BitLen()))
+	}
+	return append(plan, excluded...)
+}
+
 // rangesLoop follows the cluster's ranges. A watch that ends is begun again.
 func (s *Session) rangesLoop(ctx context.Context) {
 	for ctx.Err() == nil {

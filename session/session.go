@@ -78,10 +78,11 @@ type Session struct {
 // remembered is what the daemon keeps in memory for the next process of this
 // session.
 type remembered struct {
-	Secret   string `json:"secret"`   // proves to the agent that we are the same session
-	Agent    string `json:"agent"`    // name of its Deployment; empty: not made yet
-	Instance string `json:"instance"` // of the agent process that we last talked to
-	Domain   string `json:"domain"`   // cluster domain
+	Secret   string      `json:"secret"`   // proves to the agent that we are the same session
+	Agent    string      `json:"agent"`    // name of its Deployment; empty: not made yet
+	Instance string      `json:"instance"` // of the agent process that we last talked to
+	Domain   string      `json:"domain"`   // cluster domain
+	Peers    []knownPeer `json:"peers,omitempty"`
 }
 
 func newSession(conn *link.Conn) *Session {

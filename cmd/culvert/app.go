@@ -133,7 +133,7 @@ culvert doctor`),
 	complete(root, "namespace", a.completeNamespaces)
 	complete(root, "output", fixedCompletion("text", "json"))
 
-	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.statusCommand(), a.pingCommand(),
+	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.statusCommand(), a.pingCommand(), a.peerCommand(),
 		a.logsCommand(), a.doctorCommand(), a.versionCommand(), a.sessionCommand(), a.loginCommand())
 	return root
 }

@@ -27,6 +27,9 @@ const (
 const (
 	MethodDisconnect = "disconnect" // nil -> nil; clean up in the cluster, then exit 0
 	MethodPing       = "ping"       // api.PingRequest -> []api.PingReply
+	MethodPeers      = "peers"      // api.PeerRequest -> []api.Peer
+	MethodPeerAdd    = "peerAdd"    // api.PeerRequest -> api.PeerConfig
+	MethodPeerRemove = "peerRemove" // api.PeerRequest -> api.Peer
 	MethodSiblings   = "siblings"   // notification []Sibling; the other sessions' DNS forwarders, whole list
 	MethodMachineDNS = "machineDNS" // notification []netip.AddrPort; Start.MachineDNS changed
 	MethodAlive      = "alive"      // nil -> nil, at once; a process that does not answer is killed and replaced
