@@ -13,9 +13,9 @@ LDFLAGS := -s -w -X github.com/culvert-dev/culvert/internal/version.Version=$(VE
 GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 
 # What tests and demo call beside the cluster's own needs: curl, dig, a private
-# D-Bus, systemd-analyze. Never systemd-resolved, whose package takes over the
+# D-Bus, systemd-analyze, wg-quick. Never systemd-resolved, whose package takes over the
 # machine's DNS: tests unpack it into a cache of their own.
-TEST_PACKAGES := curl bind9-dnsutils dbus-daemon systemd
+TEST_PACKAGES := curl bind9-dnsutils dbus-daemon systemd wireguard-tools
 
 # Steps share bin/ and the machine's network.
 .NOTPARALLEL:

@@ -276,6 +276,10 @@ func In(machine string, f func() error) error {
 		return fmt.Errorf("the network namespace of %s: %w", machine, err)
 	}
 	defer ns.Close()
+	return inNamespace(ns, f)
+}
+
+func inNamespace(ns netns.NsHandle, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		// Never unlocked: the thread ends with the goroutine, and with it the
