@@ -46,6 +46,22 @@ func fakeSession() {
 		}
 		return []api.PingReply{{Target: req.Target, RTT: time.Millisecond}}, nil, nil
 	})
+	peer := api.Peer{Name: "ph\x1bone", PublicKey: "key", From: "\x1b[31m1.2.3.4:5"}
+	for method, answer := range map[string]any{
+		link.MethodPeers: []api.Peer{peer}, link.MethodPeerRemove: peer,
+		link.MethodPeerAdd: api.PeerConfig{Name: "phone", Endpoint: "\x1b[31m1.2.3.4:5", Search: []string{"a\x1b"}},
+	} {
+		conn.Handle(method, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
+			var req api.PeerRequest
+			if err := json.Unmarshal(params, &req); err != nil {
+				return nil, nil, err
+			}
+			if req.Name == "error" {
+				return nil, nil, &api.Error{Code: api.CodeExists, Message: "no\x1b[31m such peer", Hint: "x"}
+			}
+			return answer, nil, nil
+		})
+	}
 	conn.Handle(link.MethodSiblings, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
 		fmt.Printf("siblings %s\n", params)
 		return nil, nil, nil

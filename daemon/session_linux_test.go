@@ -485,6 +485,35 @@ func TestPingErrorIsPlain(t *testing.T) {
 	}
 }
 
+// The daemon passes on what is said of peers, without control characters, and
+// only to the session that is meant.
+func TestPeers(t *testing.T) {
+	c := testDaemon(t)
+	if _, err := c.Peers(t.Context(), api.PeerRequest{}); asAPI(err).Code != api.CodeNotFound {
+		t.Errorf("without a session: %v", err)
+	}
+	mustConnect(t, c, request("a"))
+	if list, err := c.Peers(t.Context(), api.PeerRequest{Context: "a"}); err != nil || len(list) != 1 || list[0].Name != "phone" || list[0].From != "[31m1.2.3.4:5" {
+		t.Errorf("list: %+v, %v", list, err)
+	}
+	if p, err := c.PeerAdd(t.Context(), api.PeerRequest{Name: "phone"}); err != nil || p.Endpoint != "[31m1.2.3.4:5" || p.Search[0] != "a" {
+		t.Errorf("add: %+v, %v", p, err)
+	}
+	if p, err := c.PeerRemove(t.Context(), api.PeerRequest{Name: "phone"}); err != nil || p.Name != "phone" {
+		t.Errorf("remove: %+v, %v", p, err)
+	}
+	if _, err := c.PeerAdd(t.Context(), api.PeerRequest{Name: "error"}); asAPI(err).Code != api.CodeExists || asAPI(err).Message != "no[31m such peer" {
+		t.Errorf("a refusal: %q", err)
+	}
+	if _, err := c.Peers(t.Context(), api.PeerRequest{Context: "b"}); asAPI(err).Code != api.CodeNotFound {
+		t.Errorf("of another context: %v", err)
+	}
+	mustConnect(t, c, request("b", "plan=10.97.0.0/16"))
+	if _, err := c.PeerAdd(t.Context(), api.PeerRequest{Name: "phone"}); asAPI(err).Code != api.CodeUsage || !strings.Contains(asAPI(err).Hint, "--context") {
+		t.Errorf("of which session: %v", err)
+	}
+}
+
 // Somebody else at the address of a forwarder is no reason to go without names.
 func TestForwarderAddressTaken(t *testing.T) {
 	c := testDaemon(t)
