@@ -19,7 +19,7 @@ func (a *app) peerCommand() *cobra.Command {
 		Short: "Let phones and other machines join with the official WireGuard program",
 		Long: `Peer manages standard WireGuard peers of a session: a phone, a Mac or a Windows
 machine that joins the cluster's network with the official WireGuard program,
-where the agent's UDP port (51820) can be reached. A peer reaches what the session reaches,
+where UDP port 51820 of the agent can be reached. A peer reaches what the session reaches,
 but no other peer and not this machine. It lives as long as the agent's pod.`,
 		Example: examples(a.name, `
 culvert peer add phone --qr
