@@ -147,6 +147,7 @@ func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRe
 		EnableServiceLinks:            &no,
 		TerminationGracePeriodSeconds: &grace,
 		NodeSelector:                  merge(s.NodeSelector, map[string]string{"kubernetes.io/os": "linux"}),
+		Tolerations:                   []corev1.Toleration{awayFor(corev1.TaintNodeUnreachable), awayFor(corev1.TaintNodeNotReady)},
 		SecurityContext: &corev1.PodSecurityContext{
 			RunAsNonRoot:   &yes,
 			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
@@ -186,6 +187,14 @@ func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRe
 		spec.ImagePullSecrets = append(spec.ImagePullSecrets, corev1.LocalObjectReference{Name: name})
 	}
 	return spec
+}
+
+// awayFor has the agent replaced soon after its node went silent, which takes the
+// cluster 40 to 50 s to say; by default 5 minutes more would pass. An agent that
+// lives on in spite of it is used as long as a carrier reaches it.
+func awayFor(taint string) corev1.Toleration {
+	seconds := int64(10)
+	return corev1.Toleration{Key: taint, Operator: corev1.TolerationOpExists, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: &seconds}
 }
 
 // probe runs the agent's own binary every period seconds.

@@ -52,7 +52,8 @@ func (f *Forwarder) Domains() (routing, search []string) {
 			add(zone)
 		}
 	}
-	namespaces := s.namespaces()
+	// Sorted, so that of more than there is room for the same ones stay in.
+	namespaces := slices.Sorted(slices.Values(s.namespaces()))
 	if !slices.Contains(namespaces, s.namespace) {
 		namespaces = append([]string{s.namespace}, namespaces...)
 	}

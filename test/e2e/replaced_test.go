@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -175,5 +176,43 @@ func replaceAgent(t *testing.T, first api.Session, end func(*testing.T, api.Sess
 	}
 	if now := waitState(t, netlab.Alice, api.Connected, 10*time.Second); now.PID != first.PID {
 		t.Errorf("process %d, was %d", now.PID, first.PID)
+	}
+}
+
+// TestNodeLost: the agent's node dies without a word. The cluster takes most of
+// a minute to believe it; then there is another agent on another node.
+func TestNodeLost(t *testing.T) {
+	s := connect(t, "--debug")
+	ip := kubectl(t, "-n", "demo", "get", "pods", "-l", "app=echo", "--field-selector=spec.nodeName!="+s.Agent.Node, "-o", "jsonpath={.items[0].status.podIP}")
+	addr := net.JoinHostPort(ip, "9000")
+	waiting := dial(t, "tcp", addr)
+	echo(t, waiting, []byte("first"))
+	ended := make(chan error, 1)
+	go func() {
+		waiting.SetDeadline(time.Now().Add(3 * time.Minute))
+		_, err := waiting.Read(make([]byte, 1))
+		ended <- err
+	}()
+	pid := root(t, "cat "+filepath.Join("/var/lib", netlab.Lab()+"-testcluster", "a", s.Agent.Node, "pid"))
+	t.Cleanup(func() {
+		if r := lab.Cluster("up"); r.Code != 0 {
+			t.Errorf("mending the node: %v", r)
+		}
+	})
+	begun := time.Now()
+	root(t, "kill -KILL "+pid)
+	select {
+	case err := <-ended:
+		t.Logf("the connection ended after %v", time.Since(begun).Round(time.Second))
+		if !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the connection that lived in the lost agent: %v", err)
+		}
+	case <-time.After(2 * time.Minute):
+		t.Fatalf("no other agent after 2 minutes: %+v\nlogs: %v", status(t, netlab.Alice), lab.Culvert(netlab.Alice, "logs"))
+	}
+	c := dial(t, "tcp", addr)
+	echo(t, c, []byte("new"))
+	if now := waitState(t, netlab.Alice, api.Connected, 10*time.Second); now.Agent.Node == s.Agent.Node {
+		t.Errorf("the agent is still on %s", now.Agent.Node)
 	}
 }
