@@ -33,6 +33,7 @@ func (b *bench) memory() error {
 		t.add(row, "MB", "agent", agent)
 	}
 	add("connected, idle", rig.Resident(session), rig.Resident(agent))
+	t.add("connected, idle", "MB", "daemon", rig.Resident(l.DaemonPID()))
 	for _, c := range []struct {
 		row  string
 		args []string

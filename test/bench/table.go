@@ -78,8 +78,11 @@ func (t *Table) get(row, column string) (float64, bool) {
 	return 0, false
 }
 
+// note adds a line below the table, unless it is there.
 func (t *Table) note(format string, args ...any) {
-	t.Notes = append(t.Notes, fmt.Sprintf(format, args...))
+	if n := fmt.Sprintf(format, args...); !slices.Contains(t.Notes, n) {
+		t.Notes = append(t.Notes, n)
+	}
 }
 
 func (t *Table) print(out io.Writer) {
