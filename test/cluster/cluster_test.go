@@ -227,6 +227,7 @@ func testLink(l *lab) {
 	if fetched != "" {
 		l.Errorf("a node port: %s", fetched)
 	}
+	testCongestion(l, ip)
 	hold := l.command("exec", "laptop", "--", "testapp", "hold", ip+":9000", "12")
 	var out bytes.Buffer
 	hold.Stdout, hold.Stderr = &out, &out
@@ -261,6 +262,32 @@ func testLink(l *lab) {
 	l.must("link", "--reset")
 	if out, err := rtt(); err == nil {
 		l.Errorf("pods off: %s", out)
+	}
+}
+
+// testCongestion looks at both ends of a connection while it is open.
+func testCongestion(l *lab, ip string) {
+	for _, name := range []string{"cubic", "reno"} {
+		l.must("link", "--congestion", name)
+		hold := l.command("exec", "laptop", "--", "testapp", "hold", ip+":9000", "2")
+		if err := hold.Start(); err != nil {
+			l.Fatal(err)
+		}
+		time.Sleep(500 * time.Millisecond)
+		if out := l.must("exec", "laptop", "--", "ss", "-tin", "dst", ip); !strings.Contains(out, " "+name+" ") {
+			l.Errorf("the laptop's end with %s: %s", name, out)
+		}
+		pod := `for p in /proc/[0-9]*; do case $(tr '\0' ' ' < $p/cmdline) in "/testapp serve"*) nsenter -t ${p#/proc/} -n ss -tin sport = :9000;; esac; done`
+		if out := l.must("exec", "--inside", "--name", "b", "node1", "--", "sh", "-c", pod); !strings.Contains(out, " "+name+" ") {
+			l.Errorf("the pod's end with %s: %s", name, out)
+		}
+		if err := hold.Wait(); err != nil {
+			l.Error(err)
+		}
+	}
+	l.must("link", "--congestion", "default")
+	if out := l.must("exec", "laptop", "--", "ip", "route"); strings.Contains(out, "congctl") {
+		l.Errorf("the default: %s", out)
 	}
 }
 
