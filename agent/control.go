@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/culvert-dev/culvert/internal/nonblock"
 	"github.com/culvert-dev/culvert/internal/version"
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
@@ -70,7 +71,7 @@ func (a *Agent) meet(ctx context.Context, c net.Conn) {
 	defer cancel()
 	var n *node
 	var refusal string
-	s, h, err := carrier.Accept(ctx, c, func(h carrier.Hello) carrier.Welcome {
+	s, h, err := carrier.Accept(ctx, nonblock.Wrap(c), func(h carrier.Hello) carrier.Welcome {
 		var err error
 		if n, err = a.admit(h); err != nil {
 			refusal = err.Error()

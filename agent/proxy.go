@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/culvert-dev/culvert/internal/nonblock"
 	"github.com/culvert-dev/culvert/wire/carrier"
 )
 
@@ -135,7 +136,7 @@ func (d *proxyDoor) meet(c net.Conn, from netip.Addr) {
 	ctx, cancel := context.WithTimeoutCause(d.node.ctx, a.times.proof, fmt.Errorf("no proof within %s", a.times.proof))
 	defer cancel()
 	secret := d.current()
-	s, err := carrier.Verify(ctx, c, secret)
+	s, err := carrier.Verify(ctx, nonblock.Wrap(c), secret)
 	if err != nil {
 		a.metrics.refusedStreams.Inc()
 		a.log.Debug("stream of pods/proxy refused", "from", from.String(), "error", err)

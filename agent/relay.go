@@ -10,10 +10,11 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/culvert-dev/culvert/internal/nonblock"
 )
 
 // relay joins a connection of the stack (the client) to a socket (the backend).
@@ -95,11 +96,11 @@ func (r *relay) up() error {
 	var n int
 	var terr tcpip.Error
 	step := func(fd uintptr) bool {
-		w.fd, w.err = int(fd), nil
+		w.fd, w.err = fd, nil
 		var res tcpip.ReadResult
 		res, terr = r.ep.Read(&w, tcpip.ReadOptions{})
 		n = res.Count
-		return n > 0 || w.err != unix.EAGAIN
+		return n > 0 || w.err != syscall.EAGAIN
 	}
 	total := r.forwarder.node.agent.metrics.tcpUp
 	for {
@@ -131,17 +132,14 @@ func (r *relay) up() error {
 // socketWriter writes to a socket without waiting. It is handed to the stack,
 // which holds the connection's lock meanwhile and keeps what was not taken.
 type socketWriter struct {
-	fd  int
+	fd  uintptr
 	err error // of the last Write
 }
 
 func (w *socketWriter) Write(b []byte) (int, error) {
 	done := 0
 	for done < len(b) {
-		n, err := unix.Write(w.fd, b[done:])
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := nonblock.Write(w.fd, b[done:])
 		if err != nil {
 			w.err = err
 			return done, err
@@ -167,12 +165,14 @@ func (r *relay) down() error {
 	var sockErr error
 	step := func(fd uintptr) bool {
 		n, terr = 0, nil
-		p.fd = int(fd)
-		p.left, sockErr = unread(p.fd)
-		if sockErr == unix.EAGAIN {
+		p.fd = fd
+		p.left, sockErr = nonblock.Pending(fd, downChunk)
+		switch {
+		case sockErr == syscall.EAGAIN:
 			return false
-		}
-		if sockErr == nil {
+		case sockErr == nil && p.left == 0:
+			sockErr = io.EOF
+		case sockErr == nil:
 			n, terr = r.ep.Write(&p, tcpip.WriteOptions{})
 		}
 		return true
@@ -202,34 +202,11 @@ func (r *relay) down() error {
 	}
 }
 
-// unread is how many bytes can be read from fd now, at most downChunk and never
-// zero without an error: EAGAIN when there are none yet, io.EOF at the end.
-func unread(fd int) (int, error) {
-	for {
-		n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
-		if err != nil {
-			return 0, err
-		}
-		if n > 0 {
-			return min(n, downChunk), nil
-		}
-		var one [1]byte
-		n, _, err = unix.Recvfrom(fd, one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		switch {
-		case err == unix.EINTR || err == nil && n > 0: // just came
-		case err != nil:
-			return 0, err
-		default:
-			return 0, io.EOF
-		}
-	}
-}
-
 // socketPayload lets the stack read exactly left bytes from a socket. The stack
-// takes a reader that ends before its Len for one that will go on, so unread
-// must have promised them.
+// takes a reader that ends before its Len for one that will go on, so they must
+// be there.
 type socketPayload struct {
-	fd   int
+	fd   uintptr
 	left int
 }
 
@@ -239,18 +216,10 @@ func (p *socketPayload) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	for {
-		n, err := unix.Read(p.fd, b[:min(len(b), p.left)])
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return 0, err
-		}
-		if n == 0 {
-			return 0, syscall.EPIPE // not io.EOF: see above
-		}
-		p.left -= n
-		return n, nil
+	n, err := nonblock.Read(p.fd, b[:min(len(b), p.left)])
+	if err == nil && n == 0 {
+		err = syscall.EPIPE // not io.EOF: see above
 	}
+	p.left -= n
+	return n, err
 }

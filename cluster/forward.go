@@ -19,6 +19,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/transport"
+
+	"github.com/culvert-dev/culvert/internal/nonblock"
 )
 
 // Protocols of port-forward: SPDY as Kubernetes always had it, and the same
@@ -200,7 +202,7 @@ func (u *upgrade) dialTCP(_ context.Context, network, address string) (net.Conn,
 		conn.Close()
 		return nil, net.ErrClosed
 	}
-	u.raw = newSocket(conn)
+	u.raw = newSocket(nonblock.Wrap(conn))
 	return u.raw, nil
 }
 

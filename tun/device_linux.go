@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/internal/nonblock"
 )
 
 // Device is a passed TUN descriptor, as made by Create, with virtio headers.
@@ -16,6 +18,7 @@ import (
 type Device struct {
 	f    *os.File
 	rc   syscall.RawConn
+	out  *nonblock.Writer
 	name string
 
 	// State of the one reader, kept here so that reading allocates nothing.
@@ -67,6 +70,7 @@ func Open(f *os.File) (*Device, error) {
 		return nil, fmt.Errorf("polling TUN device %s: %w", d.name, err)
 	}
 	d.step = d.readSome
+	d.out = nonblock.NewWriter(d.rc)
 	return d, nil
 }
 
@@ -114,13 +118,13 @@ func (d *Device) ReadBatch(bufs [][]byte, sizes []int, limit int, block bool) (i
 // readSome is called by the poller whenever the descriptor may be readable.
 func (d *Device) readSome(fd uintptr) bool {
 	for total := 0; d.n < len(d.bufs) && total < d.limit; {
-		n, err := unix.Read(int(fd), d.bufs[d.n])
+		n, err := nonblock.Read(fd, d.bufs[d.n])
 		switch {
 		case err == nil && n > HeaderLen:
 			d.sizes[d.n] = n
 			d.n++
 			total += n
-		case err == nil, err == unix.EINTR:
+		case err == nil:
 		case err == unix.EAGAIN:
 			return d.n > 0 || !d.block
 		default:
@@ -132,7 +136,7 @@ func (d *Device) readSome(fd uintptr) bool {
 }
 
 // Write writes one packet with its virtio header before it.
-func (d *Device) Write(p []byte) (int, error) { return d.f.Write(p) }
+func (d *Device) Write(p []byte) (int, error) { return d.out.Write(p) }
 
 // Wake makes the present or else the next blocking ReadBatch return ErrWoken.
 func (d *Device) Wake() {
