@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/daemon/link"
+	"github.com/culvert-dev/culvert/internal/cores"
 	"github.com/culvert-dev/culvert/wire/netstack"
 )
 
@@ -39,6 +40,7 @@ func Run(ctx context.Context) error {
 	killed, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
+	go cores.Adapt(ctx)
 
 	// The API client's own connection: after a cut it is noticed dead, and dialled
 	// anew, in 8 s instead of 45 (k8s.io/apimachinery/pkg/util/net reads these).

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/agent"
+	"github.com/culvert-dev/culvert/internal/cores"
 	"github.com/culvert-dev/culvert/internal/version"
 	"github.com/culvert-dev/culvert/wire/carrier"
 	"github.com/culvert-dev/culvert/wire/netstack"
@@ -91,6 +92,7 @@ func serve(args []string, stderr io.Writer) int {
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	go cores.Adapt(ctx)
 	if err := agent.New(c).Run(ctx); err != nil {
 		fmt.Fprintln(stderr, "culvert-agent:", err)
 		return 1

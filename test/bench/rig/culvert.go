@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/agent"
+	"github.com/culvert-dev/culvert/internal/cores"
+	"github.com/culvert-dev/culvert/internal/nonblock"
 	"github.com/culvert-dev/culvert/internal/version"
 	"github.com/culvert-dev/culvert/tun"
 	"github.com/culvert-dev/culvert/wire"
@@ -45,6 +47,7 @@ func (r *agentRole) start() (stop func(), err error) {
 	const limit = podMemory * 9 / 10
 	debug.SetMemoryLimit(limit)
 	a := agent.New(agent.Config{ControlAddr: r.Control, MetricsAddr: "127.0.0.1:7532", ProxyPort: -1, MemoryLimit: limit, Log: log})
+	go cores.Adapt(context.Background())
 	ran := make(chan error, 1)
 	go func() { ran <- a.Run(context.Background()) }()
 	for range 500 {
@@ -83,6 +86,7 @@ func (r *sessionRole) start() (stop func(), err error) {
 	if err := configure("culvert0", own, r.Routes); err != nil {
 		return nil, err
 	}
+	go cores.Adapt(context.Background())
 	key := wire.NewPrivateKey()
 	local := wire.NewLocal(wire.LocalConfig{TUN: device, Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs, MTU: mtu})
 	bind := carrier.NewBind(carrier.BindConfig{})
@@ -105,7 +109,7 @@ func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key
 	if err != nil {
 		return err
 	}
-	stream, welcome, err := carrier.Dial(ctx, conn, carrier.Hello{
+	stream, welcome, err := carrier.Dial(ctx, nonblock.Wrap(conn), carrier.Hello{
 		Protocol: carrier.Protocol, Version: version.Version, Session: "bench", Secret: strings.Repeat("s", 44),
 		PublicKey: key.Public().String(), Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs,
 		MTU: mtu, Features: []string{carrier.FeatureGSO},
