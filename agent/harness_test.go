@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -135,7 +136,7 @@ func needRoot(t testing.TB) {
 func startAgent(t testing.TB, c Config, edit func(*timing)) *Agent {
 	t.Helper()
 	needRoot(t)
-	c.ControlAddr, c.MetricsAddr = freeAddr(t), freeAddr(t)
+	c.ControlAddr, c.MetricsAddr = freeAddr(), freeAddr()
 	if c.MemoryLimit == 0 {
 		c.MemoryLimit = 8 << 30 // the client and the targets live in this process too
 	}
@@ -167,14 +168,12 @@ func (w testWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func freeAddr(t testing.TB) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
+// lastPort counts the agents' own ports, from below those that the kernel gives
+// to listeners at port 0: the agent refuses connections to its own port on all
+// addresses of the namespace, and a target could otherwise have it.
+var lastPort atomic.Uint32
+
+func freeAddr() string { return fmt.Sprintf("127.0.0.1:%d", 20000+lastPort.Add(1)) }
 
 // client is a machine behind a session: a stack where an application would have
 // its kernel.
