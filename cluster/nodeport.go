@@ -18,12 +18,12 @@ import (
 // agentServicePort is what the agent's Service calls its one port.
 const agentServicePort = "wireguard"
 
-// NodePort makes the agent's UDP port reachable at its node, by a Service of type
-// NodePort that is owned by the agent's Deployment and goes with it, or finds the
-// one that is there. It returns where to try: the addresses of the agent's node, as
+// NodePort makes a UDP port of the agent reachable at its node, by a Service of that
+// name and of type NodePort, which is owned by the agent's Deployment and goes with
+// it, or finds the one that is there. It returns where to try: the addresses of the agent's node, as
 // its pod and, if the user may read it, the Node name them. Errors are *api.Error.
-func (c *Cluster) NodePort(ctx context.Context, a *Agent, port int) ([]netip.AddrPort, error) {
-	s, err := c.nodePortService(ctx, a, port)
+func (c *Cluster) NodePort(ctx context.Context, a *Agent, name string, port int) ([]netip.AddrPort, error) {
+	s, err := c.nodePortService(ctx, a, name, port)
 	if err != nil {
 		return nil, err
 	}
@@ -57,8 +57,8 @@ func (c *Cluster) NodePort(ctx context.Context, a *Agent, port int) ([]netip.Add
 	return targets, nil
 }
 
-func (c *Cluster) nodePortService(ctx context.Context, a *Agent, port int) (*corev1.Service, error) {
-	what := fmt.Sprintf("creating Service %s of type NodePort in namespace %q", a.Name, a.Namespace)
+func (c *Cluster) nodePortService(ctx context.Context, a *Agent, name string, port int) (*corev1.Service, error) {
+	what := fmt.Sprintf("creating Service %s of type NodePort in namespace %q", name, a.Namespace)
 	d, err := c.client.Deployments(a.Namespace).Get(ctx, a.Name, metav1.GetOptions{})
 	if err != nil {
 		return nil, translate(what, err)
@@ -66,7 +66,7 @@ func (c *Cluster) nodePortService(ctx context.Context, a *Agent, port int) (*cor
 	dual := corev1.IPFamilyPolicyPreferDualStack
 	want := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{
-			Name: a.Name, Namespace: a.Namespace, Labels: d.Spec.Selector.MatchLabels,
+			Name: name, Namespace: a.Namespace, Labels: d.Spec.Selector.MatchLabels,
 			// Not blocking: that would take a right to the Deployment's finalizers.
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "Deployment", Name: d.Name, UID: d.UID}},
 		},

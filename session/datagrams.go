@@ -155,7 +155,7 @@ func (s *Session) nodePortLoop(ctx context.Context) {
 		s.mu.Lock()
 		n := s.nodePort
 		s.mu.Unlock()
-		more, err := s.cluster.NodePort(ctx, &n.agent, n.port)
+		more, err := s.cluster.NodePort(ctx, &n.agent, n.agent.Name, n.port)
 		if err == nil {
 			var targets []netip.AddrPort
 			for _, ip := range n.agent.IPs {

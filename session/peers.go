@@ -105,6 +105,19 @@ func (s *Session) addPeer(ctx context.Context, req api.PeerRequest) (*api.PeerCo
 	if err != nil {
 		return nil, err
 	}
+	if req.NodePort {
+		if endpoint.port != "" {
+			return nil, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("--nodeport and the port in --endpoint %s exclude each other", req.Endpoint), Hint: "give the host alone, or leave --nodeport out"}
+		}
+		// Before the peer: nobody gets an endpoint that is not there.
+		at, err := s.cluster.NodePort(ctx, agent, agent.Name+"-peers", peer.Port)
+		if err != nil {
+			return nil, err
+		}
+		if err := endpoint.atNode(at); err != nil {
+			return nil, err
+		}
+	}
 	ranges, err := pickPeerRanges(s.network.busy())
 	if err != nil {
 		return nil, err
@@ -252,6 +265,23 @@ func parseEndpoint(text string) (endpoint, error) {
 		return bad("the host is no name and no address")
 	}
 	return e, nil
+}
+
+// atNode takes the node port and, without a host of its own, the node's address:
+// a public one if there is one, since a phone may be anywhere.
+func (e *endpoint) atNode(at []netip.AddrPort) error {
+	if len(at) == 0 {
+		return &api.Error{Code: api.CodeAgent, Message: "the agent's node has no address that you may see", Hint: "name it with --endpoint HOST"}
+	}
+	best := at[0]
+	if i := slices.IndexFunc(at, func(a netip.AddrPort) bool { return !a.Addr().IsPrivate() }); i >= 0 {
+		best = at[i]
+	}
+	e.port = fmt.Sprint(best.Port())
+	if e.host == "" {
+		e.host = best.Addr().String()
+	}
+	return nil
 }
 
 // text is how wg-quick wants it.

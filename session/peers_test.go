@@ -102,6 +102,26 @@ func TestParseEndpoint(t *testing.T) {
 	}
 }
 
+func TestEndpointAtNode(t *testing.T) {
+	at := []netip.AddrPort{netip.MustParseAddrPort("172.30.0.12:31000"), netip.MustParseAddrPort("203.0.113.7:31000")}
+	for in, want := range map[string]string{"": "203.0.113.7:31000", "home.example.com": "home.example.com:31000"} {
+		e, err := parseEndpoint(in)
+		if err == nil {
+			err = e.atNode(at)
+		}
+		if got := e.text(peer.State{Port: 51820}); err != nil || got != want {
+			t.Errorf("%q is %q, %v, want %q", in, got, err, want)
+		}
+	}
+	var e endpoint
+	if err := e.atNode(at[:1]); err != nil || e.text(peer.State{}) != "172.30.0.12:31000" {
+		t.Errorf("a private node: %+v, %v", e, err)
+	}
+	if err := e.atNode(nil); err == nil {
+		t.Error("no node is one")
+	}
+}
+
 func TestForgetOldest(t *testing.T) {
 	var list []knownPeer
 	for i := range maxKnownPeers + 3 {

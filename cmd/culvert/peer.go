@@ -41,10 +41,12 @@ func (a *app) peerAddCommand() *cobra.Command {
 		Long: `Add prints a configuration for wg-quick(8) and the official WireGuard programs.
 Its private key is made now, printed once and kept nowhere; with --public-key the
 peer keeps its own. The endpoint is the address of the agent's pod unless
---endpoint says by which other one the peer reaches UDP port 51820 there.`,
+--nodeport has a Service lead to it, or --endpoint says by which other address the
+peer reaches UDP port 51820 there.`,
 		Example: examples(a.name, `
 culvert peer add phone --qr
 culvert peer add mac > mac.conf
+culvert peer add phone --nodeport --qr
 culvert peer add phone --endpoint vpn.example.com:31820 --qr
 culvert peer add server --public-key "$(wg pubkey < private.key)"
 culvert peer add phone -o json`),
@@ -63,6 +65,7 @@ culvert peer add phone -o json`),
 	}
 	cmd.Flags().StringVar(&req.PublicKey, "public-key", "", "the peer's own public key; no private key is made")
 	cmd.Flags().StringVar(&req.Endpoint, "endpoint", "", "HOST[:PORT] by which the peer reaches the agent's UDP port (default: the pod's address)")
+	cmd.Flags().BoolVar(&req.NodePort, "nodeport", false, "make a NodePort Service and use the agent's node as the endpoint")
 	cmd.Flags().BoolVar(&qr, "qr", false, "also show the configuration as a QR code, on the terminal (stderr)")
 	complete(cmd, "public-key", fixedCompletion())
 	complete(cmd, "endpoint", fixedCompletion())

@@ -20,6 +20,9 @@ type PeerRequest struct {
 	// Endpoint is HOST or HOST:PORT at which the peer reaches the agent's UDP port;
 	// empty: the address of its pod.
 	Endpoint string `json:"endpoint,omitempty"`
+	// NodePort has a Service of type NodePort made for the agent's UDP port. Its port
+	// is the endpoint's, and the node's address, unless Endpoint names a host.
+	NodePort bool `json:"nodePort,omitempty"`
 }
 
 // Peer is one that was added. It lives as long as the agent's pod.

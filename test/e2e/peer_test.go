@@ -165,6 +165,11 @@ func TestPeer(t *testing.T) {
 				t.Errorf("curl by name: %s", got)
 			}
 		}
+		speed := on(t, phone, "curl -sS --max-time 50 -o /dev/null -w '%{speed_download} %{size_download}' http://echo.demo/bytes?n=100000000")
+		if !strings.HasSuffix(speed, " 100000000") {
+			t.Errorf("a download of 100 MB: %s", speed)
+		}
+		t.Logf("download by one connection: bytes a second, bytes: %s", speed)
 		if r := phone.Run("ping -n -c 1 -W 2 10.244.1.250"); r.Code == 0 {
 			t.Error("a dead address answers pings")
 		}
@@ -228,6 +233,7 @@ func TestPeer(t *testing.T) {
 			{[]string{"peer", "add", "x", "--public-key", "nonsense"}, 2, `"nonsense"`},
 			{[]string{"peer", "add", "x", "--public-key", key}, 1, `of peer "mac"`},
 			{[]string{"peer", "add", "x", "--endpoint", "host:99999"}, 2, `host:99999`},
+			{[]string{"peer", "add", "x", "--endpoint", "host:1", "--nodeport"}, 2, `host:1`},
 			{[]string{"peer", "add", "x", "--context", "elsewhere"}, 1, "elsewhere"},
 			{[]string{"peer", "remove", "nobody"}, 1, `"nobody"`},
 		} {
@@ -286,7 +292,12 @@ func TestPeer(t *testing.T) {
 			t.Errorf("peers: %+v, want a stale one", all)
 		}
 		on(t, mac, "wg-quick down "+filepath.Join(mac.Dir, "mac.conf"))
-		join(t, mac, "mac", addPeer(t, "mac").Config)
+		// The new one comes by a node port.
+		config := addPeer(t, "mac", "--nodeport")
+		if host, port, _ := net.SplitHostPort(config.Endpoint); !strings.HasPrefix(host, "172.30.0.") || port == "51820" {
+			t.Errorf("endpoint %s is not a node's", config.Endpoint)
+		}
+		join(t, mac, "mac", config.Config)
 		on(t, mac, "curl -sS --max-time 10 http://echo.demo/healthz")
 		if all := peers(t); len(all) != 1 || all["mac"].Stale {
 			t.Errorf("peers: %+v, want a live one", all)
