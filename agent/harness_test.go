@@ -367,7 +367,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 // device is what one process of the session has of the client's stack: closing
 // it leaves the stack's endpoint, as closing a TUN descriptor leaves the kernel.
 type device struct {
-	*netstack.Endpoint
+	tun.Device
 	packets <-chan []byte
 	events  chan tun.Event
 	done    chan struct{}
@@ -375,7 +375,7 @@ type device struct {
 }
 
 func newDevice(e *netstack.Endpoint, packets <-chan []byte) *device {
-	d := &device{Endpoint: e, packets: packets, events: make(chan tun.Event, 1), done: make(chan struct{})}
+	d := &device{Device: e, packets: packets, events: make(chan tun.Event, 1), done: make(chan struct{})}
 	d.events <- tun.EventUp
 	return d
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 var proxyAddr = netip.AddrPortFrom(target, carrier.ProxyPort).String()
@@ -52,7 +53,7 @@ func TestProxyDoor(t *testing.T) {
 	secret := a.node().proxy.current()
 
 	for _, addr := range []string{proxyAddr, netip.AddrPortFrom(target6, carrier.ProxyPort).String()} {
-		s, err := carrier.Prove(context.Background(), proxied(t, addr), secret)
+		s, err := carrier.Prove(context.Background(), proxied(t, addr), secret, queue.Sparse)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -64,11 +65,11 @@ func TestProxyDoor(t *testing.T) {
 	}
 
 	// Who has no secret, or that of an older process, changes nothing.
-	if _, err := carrier.Prove(context.Background(), proxied(t, proxyAddr), carrier.NewSecret()); err == nil {
+	if _, err := carrier.Prove(context.Background(), proxied(t, proxyAddr), carrier.NewSecret(), queue.Sparse); err == nil {
 		t.Error("a stranger was let in")
 	}
 	a.node().proxy.renew()
-	if _, err := carrier.Prove(context.Background(), proxied(t, proxyAddr), secret); err == nil {
+	if _, err := carrier.Prove(context.Background(), proxied(t, proxyAddr), secret, queue.Sparse); err == nil {
 		t.Error("an older process was let in")
 	}
 	checkEcho(t, tcp)
@@ -105,7 +106,7 @@ func TestProxyDoorIsBounded(t *testing.T) {
 		t.Error("one connection too many is kept")
 	}
 	// Another source gets in meanwhile.
-	s, err := carrier.Prove(context.Background(), proxied(t, netip.AddrPortFrom(target6, carrier.ProxyPort).String()), secret)
+	s, err := carrier.Prove(context.Background(), proxied(t, netip.AddrPortFrom(target6, carrier.ProxyPort).String()), secret, queue.Sparse)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // proxyServer is an API server whose pods/proxy hands connections to serve.
@@ -92,7 +93,7 @@ func TestPodProxy(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s, err := carrier.Prove(t.Context(), conn, secret)
+			s, err := carrier.Prove(t.Context(), conn, secret, queue.Sparse)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -14,6 +14,7 @@ import (
 	"github.com/culvert-dev/culvert/tun"
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -75,17 +76,8 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	agent, conn := a.agent, a.conn
 	dialCtx, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
-	granted := s.network.granted()
 	known := s.recall()
-	s.mu.Lock()
-	key := s.key
-	s.mu.Unlock()
-	stream, welcome, err := carrier.Dial(dialCtx, conn, carrier.Hello{
-		Protocol: carrier.Protocol, Version: version.Version,
-		Session: s.id, Secret: known.Secret, PublicKey: key.Public().String(),
-		Tunnel: granted.Tunnel, Agent: granted.Agent, Inbound: granted.Inbound,
-		MTU: mtu, Features: s.features(),
-	})
+	stream, welcome, err := carrier.Dial(dialCtx, conn, s.hello(queue.Sparse))
 	if err != nil {
 		conn.Close()
 		return agentError(agent, err)
@@ -101,7 +93,8 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		s.redials++
 	}
 	s.stream, s.carrier = stream, a.name
-	s.introduced = introduction{agent: *agent, stream: stream, secret: welcome.ProxySecret, port: welcome.ProxyPort}
+	s.introduced = introduction{agent: *agent, stream: stream, instance: welcome.Instance,
+		secret: welcome.ProxySecret, port: welcome.ProxyPort}
 	met := s.introduced
 	newPeer := s.peer != welcome.PublicKey
 	s.peer = welcome.PublicKey
@@ -139,6 +132,7 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		}
 	}
 	wake(s.met)
+	wake(s.lanes)
 	s.status.update(func(st *api.Session) {
 		st.Agent = api.AgentStatus{Namespace: agent.Namespace, Pod: agent.Pod, Node: agent.Node, Image: agent.Image, Version: welcome.Version}
 	})
@@ -312,6 +306,11 @@ func (s *Session) carrierStatus() api.CarrierStatus {
 		c.RTT = s.stream.RTT()
 	}
 	s.showDatagrams(&c)
+	for _, stream := range []*carrier.Stream{s.stream, s.bulk} {
+		if stream != nil && stream.Err() == nil {
+			c.Lanes++
+		}
+	}
 	if s.bind != nil {
 		moved := s.bind.Stats()
 		c.Sent, c.Received = moved.Sent, moved.Received

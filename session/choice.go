@@ -10,6 +10,7 @@ import (
 	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -27,17 +28,18 @@ const (
 // introduction is what the last port-forward brought: the way to add a stream
 // of another carrier to the same agent process.
 type introduction struct {
-	agent  cluster.Agent
-	stream *carrier.Stream // the port-forward's
-	secret []byte
-	port   int // 0: the agent offers no other way
+	agent    cluster.Agent
+	stream   *carrier.Stream // the port-forward's
+	instance string          // of the agent process
+	secret   []byte
+	port     int // 0: the agent offers no other way
 }
 
 // errNoOffer: an agent that does not listen for pods/proxy.
 var errNoOffer = errors.New("the agent does not listen for it")
 
 // proxyStream opens a stream by pods/proxy to the agent that was introduced.
-func (s *Session) proxyStream(ctx context.Context, i introduction) (*carrier.Stream, error) {
+func (s *Session) proxyStream(ctx context.Context, i introduction, lane queue.Lane) (*carrier.Stream, error) {
 	if i.port == 0 || len(i.secret) == 0 {
 		return nil, errNoOffer
 	}
@@ -47,7 +49,7 @@ func (s *Session) proxyStream(ctx context.Context, i introduction) (*carrier.Str
 	if err != nil {
 		return nil, err
 	}
-	stream, err := carrier.Prove(ctx, conn, i.secret)
+	stream, err := carrier.Prove(ctx, conn, i.secret, lane)
 	if err != nil {
 		return nil, fmt.Errorf("proving this session to the agent: %w", err)
 	}
@@ -57,7 +59,7 @@ func (s *Session) proxyStream(ctx context.Context, i introduction) (*carrier.Str
 // useProxy moves the session from i's port-forward to pods/proxy. What is under
 // way in the old stream still arrives.
 func (s *Session) useProxy(ctx context.Context, i introduction) (*carrier.Stream, error) {
-	stream, err := s.proxyStream(ctx, i)
+	stream, err := s.proxyStream(ctx, i, queue.Sparse)
 	if err != nil {
 		s.mu.Lock()
 		s.proxyReason = reason(err)
@@ -74,6 +76,7 @@ func (s *Session) useProxy(ctx context.Context, i introduction) (*carrier.Stream
 	s.bind.Move(stream)
 	s.mu.Unlock()
 	wake(s.switched)
+	wake(s.lanes)
 	s.log.Info("carrier up", "carrier", carrierProxy, "pod", i.agent.Pod)
 	return stream, nil
 }
@@ -127,6 +130,7 @@ func (s *Session) betterLoop(ctx context.Context) {
 		next = time.Now().Add(pause)
 		if err != nil && ctx.Err() == nil {
 			s.log.Info("staying on the port-forward", "err", err, "next try in", pause)
+			wake(s.lanes)
 			s.showCarrier()
 		}
 	}

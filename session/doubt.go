@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/wire"
+	"github.com/culvert-dev/culvert/wire/carrier"
 )
 
 const (
@@ -78,13 +79,16 @@ func (s *Session) doubtLoop(ctx context.Context) {
 	}
 }
 
-// doubtCarrier asks the stream for a sign of life, ends it if the machine has
-// not its address any more, and hurries a redial under way.
+// doubtCarrier asks the streams for a sign of life, ends them if the machine has
+// not their address any more, and hurries a redial under way.
 func (s *Session) doubtCarrier() {
 	s.mu.Lock()
-	stream := s.stream
+	streams := []*carrier.Stream{s.stream, s.bulk}
 	s.mu.Unlock()
-	if stream != nil && stream.Err() == nil {
+	for _, stream := range streams {
+		if stream == nil || stream.Err() != nil {
+			continue
+		}
 		if own, err := net.InterfaceAddrs(); err == nil && !hasAddr(own, stream.LocalAddr()) {
 			stream.Break(errMoved)
 		} else {

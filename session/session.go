@@ -55,8 +55,9 @@ type Session struct {
 	bind       *carrier.Bind
 	datagrams  *carrier.Datagrams // the UDP way, or nil; set once
 	key        wire.Key
-	stream     *carrier.Stream // the one in use, or nil
-	carrier    string          // its dialer's name
+	stream     *carrier.Stream // the first one, or nil
+	bulk       *carrier.Stream // the bulk lane's, or nil; may have ended
+	carrier    string          // the dialer's name of stream
 	redials    int
 	peer       string         // the agent's public key that the tunnel has
 	orphaned   bool           // connections may live that the agent does not know
@@ -71,6 +72,7 @@ type Session struct {
 	met      chan struct{} // capacity 1: introduced was set
 	metUDP   chan struct{} // capacity 1: nodePort was set
 	switched chan struct{} // capacity 1: stream was replaced while it lived
+	lanes    chan struct{} // capacity 1: stream is another one, or has made its choice
 
 	loops sync.WaitGroup
 }
@@ -87,7 +89,7 @@ type remembered struct {
 
 func newSession(conn *link.Conn) *Session {
 	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1),
-		met: make(chan struct{}, 1), metUDP: make(chan struct{}, 1), switched: make(chan struct{}, 1)}
+		met: make(chan struct{}, 1), metUDP: make(chan struct{}, 1), switched: make(chan struct{}, 1), lanes: make(chan struct{}, 1)}
 	s.status = &status{conn: conn}
 	s.network.session = s
 	s.names.session = s
@@ -136,6 +138,7 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 	})
 	s.loops.Go(func() { s.doubtLoop(ctx) })
 	s.loops.Go(func() { s.betterLoop(ctx) })
+	s.loops.Go(func() { s.bulkLoop(ctx) })
 	s.loops.Go(func() { s.rangesLoop(ctx) })
 	s.loops.Go(func() { s.removeStale(ctx) })
 	s.loops.Go(func() { s.network.loop(ctx) })
@@ -163,14 +166,16 @@ func (s *Session) waitLoops(limit time.Duration) {
 // close stops answering names and ends the tunnel.
 func (s *Session) close() {
 	s.mu.Lock()
-	tunnel, stream := s.tunnel, s.stream
+	tunnel, streams := s.tunnel, []*carrier.Stream{s.stream, s.bulk}
 	s.mu.Unlock()
 	s.names.close()
 	if s.datagrams != nil {
 		s.datagrams.Close()
 	}
-	if stream != nil {
-		stream.Close()
+	for _, stream := range streams {
+		if stream != nil {
+			stream.Close()
+		}
 	}
 	if tunnel != nil {
 		tunnel.Close()

@@ -17,21 +17,21 @@ import (
 	"github.com/culvert-dev/culvert/wire/carrier"
 )
 
-// queue is a device whose packets the test gives and takes.
-type queue struct {
+// hose is a device whose packets the test gives and takes.
+type hose struct {
 	in, out chan []byte
 	events  chan wgtun.Event
 	once    sync.Once
 	closed  chan struct{}
 }
 
-func newQueue() *queue {
-	q := &queue{in: make(chan []byte), out: make(chan []byte, 8), events: make(chan wgtun.Event, 1), closed: make(chan struct{})}
+func newHose() *hose {
+	q := &hose{in: make(chan []byte), out: make(chan []byte, 8), events: make(chan wgtun.Event, 1), closed: make(chan struct{})}
 	q.events <- wgtun.EventUp
 	return q
 }
 
-func (q *queue) Read(bufs [][]byte, sizes []int, off int) (int, error) {
+func (q *hose) Read(bufs [][]byte, sizes []int, off int) (int, error) {
 	select {
 	case p := <-q.in:
 		sizes[0] = copy(bufs[0][off:], p)
@@ -41,19 +41,19 @@ func (q *queue) Read(bufs [][]byte, sizes []int, off int) (int, error) {
 	}
 }
 
-func (q *queue) Write(bufs [][]byte, off int) (int, error) {
+func (q *hose) Write(bufs [][]byte, off int) (int, error) {
 	for _, b := range bufs {
 		q.out <- bytes.Clone(b[off:])
 	}
 	return len(bufs), nil
 }
 
-func (q *queue) File() *os.File             { return nil }
-func (q *queue) MTU() (int, error)          { return testMTU, nil }
-func (q *queue) Name() (string, error)      { return "queue", nil }
-func (q *queue) Events() <-chan wgtun.Event { return q.events }
-func (q *queue) BatchSize() int             { return 1 }
-func (q *queue) Close() error {
+func (q *hose) File() *os.File             { return nil }
+func (q *hose) MTU() (int, error)          { return testMTU, nil }
+func (q *hose) Name() (string, error)      { return "hose", nil }
+func (q *hose) Events() <-chan wgtun.Event { return q.events }
+func (q *hose) BatchSize() int             { return 1 }
+func (q *hose) Close() error {
 	q.once.Do(func() { close(q.closed); close(q.events) })
 	return nil
 }
@@ -90,7 +90,7 @@ func (s *silence) most() time.Duration {
 func TestIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const idle = 2 * time.Hour
-		nearDev, farDev := newQueue(), newQueue()
+		nearDev, farDev := newHose(), newHose()
 		a, b := NewPrivateKey(), NewPrivateKey()
 		nearBind, farBind := carrier.NewBind(carrier.BindConfig{}), carrier.NewBind(carrier.BindConfig{})
 		near, err := New(Config{Device: nearDev, PrivateKey: a, Bind: nearBind})
@@ -139,7 +139,7 @@ func TestIdle(t *testing.T) {
 		judge(syn, true)
 		judge(synAck, false)
 
-		send := func(from, to *queue, src, dst netip.Addr) {
+		send := func(from, to *hose, src, dst netip.Addr) {
 			t.Helper()
 			p := echo(src, dst, 7, []byte("nobody sends"))
 			begun := time.Now()

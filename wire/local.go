@@ -7,10 +7,13 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	wgtun "golang.zx2c4.com/wireguard/tun"
 
 	"github.com/culvert-dev/culvert/tun"
+	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -24,6 +27,10 @@ const (
 	// maxPacket is the longest packet that WireGuard's 65,535-byte buffer takes
 	// with its header, padding, authenticator and the gate's tag.
 	maxPacket = 65535 - 16 - 15 - 16 - 16
+	// queueBytes bounds the memory of the packets that wait for the tunnel. One TCP
+	// connection of Linux has at most 4 MiB in flight (tcp_wmem); two of them fit,
+	// and with more the longest loses a packet, which is how it learns to slow down.
+	queueBytes = 8 << 20
 )
 
 // LocalConfig describes the session's end.
@@ -57,11 +64,18 @@ type Local struct {
 	drops   [reasons]atomic.Uint64
 
 	// Of the one goroutine in Read.
-	views   [localBatch][]byte
-	sizes   [localBatch]int
-	scratch []byte       // a super-packet that is being split; nil until there is one
-	split   tun.Splitter //
-	pending bool         // split has more
+	views     [localBatch][]byte
+	sizes     [localBatch]int
+	flows     [localBatch]int // in the queue's count, of what was read
+	scratch   []byte          // a super-packet that is being split; nil until there is one
+	split     tun.Splitter    //
+	pending   bool            // split has more
+	splitFlow int             // of what is being split
+	queue     *queue.Queue[*queue.Buffer]
+	buffers   queue.Buffers
+	memory    int // of what is in the queue
+	again     *time.Timer
+	shed      atomic.Uint64
 
 	inbound atomic.Pointer[inbound]
 
@@ -69,7 +83,7 @@ type Local struct {
 	closed bool
 }
 
-var _ wgtun.Device = (*Local)(nil)
+var _ carrier.Source = (*Local)(nil)
 
 // NewLocal makes the session's end. It lets the open connections of the machine
 // at the Tunnel addresses through at once (see OpenFlows).
@@ -77,7 +91,10 @@ func NewLocal(cfg LocalConfig) *Local {
 	l := &Local{
 		tun: cfg.TUN, filter: newFilter(cfg.Tunnel), own: cfg.Tunnel, inAddrs: cfg.Inbound,
 		mtu: cfg.MTU, limit: cfg.Split, log: cfg.Log, events: make(chan wgtun.Event, 1),
+		queue: queue.New[*queue.Buffer](),
 	}
+	l.again = time.AfterFunc(time.Hour, l.Wake)
+	l.again.Stop()
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}
@@ -107,32 +124,125 @@ func (l *Local) Drops() map[string]uint64 {
 // Read implements tun.Device for WireGuard: packets for the agent.
 func (l *Local) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	for {
-		n := l.side.take(bufs, sizes, offset, sideLimit)
-		var k int
-		var err error
-		if limit := l.limit(); limit > 0 || l.pending {
-			k, err = l.readSplit(bufs[n:], sizes[n:], offset, n == 0, limit)
-		} else {
-			k, err = l.readWhole(bufs[n:], sizes[n:], offset, n == 0)
-		}
-		if n += k; n > 0 {
-			return n, nil
-		}
-		if err != nil && !errors.Is(err, tun.ErrWoken) {
-			l.mu.Lock()
-			closed := l.closed
-			l.mu.Unlock()
-			if closed {
-				err = os.ErrClosed
-			}
-			return 0, err
+		if n, err := l.Pull(bufs, sizes, offset, everything{}); n > 0 || err != nil {
+			return n, err
 		}
 	}
 }
 
+// everything admits all.
+type everything struct{}
+
+func (everything) Admit(queue.Lane, int) bool { return true }
+func (everything) Settle() time.Duration      { return 0 }
+
+// Wake implements carrier.Source.
+func (l *Local) Wake() { l.tun.Wake() }
+
+// Pull implements carrier.Source. A packet that may go at once goes straight from
+// the kernel into WireGuard's buffer; only one that may not is copied to the queue.
+func (l *Local) Pull(bufs [][]byte, sizes []int, offset int, adm queue.Admission) (int, error) {
+	now := time.Now()
+	n := l.pop(bufs, sizes, offset, now, adm)
+	if at := l.queue.Held(); n == 0 && !at.IsZero() {
+		l.again.Reset(at.Sub(now)) // nothing else may come meanwhile
+	}
+	if n == len(bufs) || n == localBatch {
+		return n, nil
+	}
+	from := n
+	n += l.side.take(bufs[n:], sizes[n:], offset, sideLimit)
+	for i := from; i < n; i++ {
+		if p, ok := tun.Parse(bufs[i][offset : offset+sizes[i]]); ok {
+			l.flows[i] = l.flow(&p, bufs[i][offset:])
+		}
+	}
+	var k int
+	var err error
+	if limit := l.limit(); limit > 0 || l.pending {
+		k, err = l.readSplit(bufs[n:], sizes[n:], l.flows[n:], offset, n == 0, limit)
+	} else {
+		k, err = l.readWhole(bufs[n:], sizes[n:], l.flows[n:], offset, n == 0)
+	}
+	n += k
+	admitted := from
+	now = time.Now()
+	for i := from; i < n; i++ {
+		if l.pass(l.flows[i], bufs[i][offset:offset+sizes[i]], now, adm) {
+			admitted++
+		} else {
+			sizes[i] = 0
+		}
+	}
+	if admitted > 0 {
+		return n, nil
+	}
+	if err != nil && !errors.Is(err, tun.ErrWoken) {
+		l.mu.Lock()
+		closed := l.closed
+		l.mu.Unlock()
+		if closed {
+			err = os.ErrClosed
+		}
+		return 0, err
+	}
+	return 0, nil
+}
+
+// pop takes what may go out of the queue, up to readLimit bytes.
+func (l *Local) pop(bufs [][]byte, sizes []int, offset int, now time.Time, adm queue.Admission) int {
+	n := 0
+	for total := 0; n < len(bufs) && total < readLimit && l.queue.Len() > 0; n++ {
+		b, size, ok := l.queue.Pop(now, adm)
+		if !ok {
+			break
+		}
+		sizes[n] = copy(bufs[n][offset:], b.Bytes())
+		total += size
+		l.free(b)
+	}
+	return n
+}
+
+// flow is the queue's number for a packet's flow. Fragments have no ports.
+func (l *Local) flow(p *tun.Packet, packet []byte) int {
+	var ports []byte
+	if !p.Fragment() && (p.Proto == tun.ProtoTCP || p.Proto == tun.ProtoUDP) {
+		ports = packet[p.L4:]
+	}
+	key := queue.MakeKey(p.Src, p.Dst, p.Proto, ports)
+	return l.queue.Flow(&key)
+}
+
+// pass tells whether a packet that has just come may go at once; else it waits in
+// the queue.
+func (l *Local) pass(flow int, packet []byte, now time.Time, adm queue.Admission) bool {
+	if len(packet) == 0 {
+		return false
+	}
+	if l.queue.Pass(flow, len(packet), now, adm) {
+		return true
+	}
+	b := l.buffers.Copy(packet)
+	l.memory += b.Cap()
+	l.queue.Push(flow, len(packet), b, now)
+	for l.memory > queueBytes {
+		if lost, ok := l.queue.Drop(); ok {
+			l.free(lost)
+			l.shed.Add(1)
+		}
+	}
+	return false
+}
+
+func (l *Local) free(b *queue.Buffer) {
+	l.memory -= b.Cap()
+	l.buffers.Free(b)
+}
+
 // readWhole reads the kernel's packets straight into WireGuard's buffers: the
 // virtio header lands where WireGuard writes its own.
-func (l *Local) readWhole(bufs [][]byte, sizes []int, offset int, block bool) (int, error) {
+func (l *Local) readWhole(bufs [][]byte, sizes, flows []int, offset int, block bool) (int, error) {
 	k := min(len(bufs), localBatch)
 	if k == 0 {
 		return 0, nil
@@ -147,6 +257,8 @@ func (l *Local) readWhole(bufs [][]byte, sizes []int, offset int, block bool) (i
 		p, ok := tun.Parse(bufs[i][offset : offset+size])
 		if !ok || !l.filter.outbound(&p, bufs[i][offset:offset+size]) {
 			size = 0 // WireGuard skips it
+		} else {
+			flows[i] = l.flow(&p, bufs[i][offset:offset+size])
 		}
 		sizes[i] = size
 	}
@@ -156,7 +268,7 @@ func (l *Local) readWhole(bufs [][]byte, sizes []int, offset int, block bool) (i
 
 // readSplit reads the kernel's packets and makes ordinary ones of them, of at
 // most limit bytes if they can be cut; 0 only ends what was begun.
-func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool, limit int) (int, error) {
+func (l *Local) readSplit(bufs [][]byte, sizes, flows []int, offset int, block bool, limit int) (int, error) {
 	if l.scratch == nil {
 		l.scratch = make([]byte, tun.HeaderLen+65535)
 	}
@@ -183,14 +295,14 @@ func (l *Local) readSplit(bufs [][]byte, sizes []int, offset int, block bool, li
 				continue
 			}
 			l.split.Limit(limit)
-			l.pending = true
+			l.pending, l.splitFlow = true, l.flow(&p, packet)
 		}
 		size := l.split.Next(bufs[n][offset:min(len(bufs[n]), offset+maxPacket)])
 		if size == 0 {
 			l.pending = false
 			continue
 		}
-		sizes[n] = size
+		sizes[n], flows[n] = size, l.splitFlow
 		n++
 	}
 	return n, nil
@@ -275,6 +387,7 @@ func (l *Local) Close() error {
 	}
 	l.closed = true
 	l.mu.Unlock()
+	l.again.Stop()
 	l.side.close()
 	if in := l.inbound.Load(); in != nil {
 		in.close()

@@ -131,8 +131,10 @@ type AgentStatus struct {
 
 // CarrierStatus is the path that encrypted packets take.
 type CarrierStatus struct {
-	Name     string        `json:"name,omitempty"` // UDP, pods/proxy, port-forward (WebSocket), port-forward (SPDY)
-	RTT      time.Duration `json:"rtt,omitempty"`  // last in-band ping, nanoseconds
+	Name string `json:"name,omitempty"` // UDP, pods/proxy, port-forward (WebSocket), port-forward (SPDY)
+	// Lanes is how many connections carry packets: 2 when bulk has its own.
+	Lanes    int           `json:"lanes,omitempty"`
+	RTT      time.Duration `json:"rtt,omitempty"` // last in-band ping, nanoseconds
 	Redials  int           `json:"redials"`
 	Sent     uint64        `json:"sent"`     // bytes of encrypted packets
 	Received uint64        `json:"received"` // bytes of encrypted packets

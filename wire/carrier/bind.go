@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -60,6 +62,11 @@ type Stats struct {
 	Stalls                       uint64        // times that a gate had to probe
 	HeldBytes, HeldPackets       int           // inside WireGuard on the way out, now
 	Datagrams                    DatagramStats // what went by UDP, which is in the sums above
+	// Window is how many bytes the bulk lane's stream may have on its way, and
+	// Unacknowledged how many it has.
+	Window, Unacknowledged int
+	Rate                   float64       // bytes per second that the window was made for
+	MinRTT                 time.Duration // likewise
 }
 
 // Endpoint is how the one peer of a Bind is written in WireGuard's
@@ -77,24 +84,36 @@ func (*endpoint) DstToBytes() []byte  { return []byte(Endpoint) }
 func (*endpoint) DstIP() netip.Addr   { return netip.Addr{} }
 func (*endpoint) SrcIP() netip.Addr   { return netip.Addr{} }
 
-// Bind is WireGuard's conn.Bind over the attached Stream. Streams come and go
-// while it is open; WireGuard sees loss at most.
+// Bind is WireGuard's conn.Bind over the attached Streams, one in each lane.
+// Streams come and go while it is open; WireGuard sees loss at most. A lane
+// without a stream uses the other's.
 type Bind struct {
 	ep      endpoint
-	out, in *gate
+	out     *gate
 	gating  atomic.Bool // a device is at the other end of the gates
 	hold    time.Duration
-	udp     *Datagrams // nil: none
-	udpIn   *gate      // of what comes by it
+	udp     *Datagrams             // nil: none
+	udpIn   *gate                  // of what comes by it
+	wake    atomic.Pointer[Source] // whose Pull a window may have refused
+	refused atomic.Bool            // one has
 
-	sent, rcvd, sentPkts, rcvdPkts, dropped, streams atomic.Uint64
+	sent, rcvd, sentPkts, rcvdPkts, dropped, streams, stalls, progress atomic.Uint64
 
 	mu      sync.Mutex
 	shut    bool          // for good
 	closed  chan struct{} // of the present opening; nil while closed
-	cur     *Stream       // may have ended
-	old     *Stream       // the one before cur, while frames may still come out of it
-	changed chan struct{} // closed when cur changes
+	lanes   [queue.Lanes]lane
+	changed chan struct{} // closed when a stream does
+}
+
+// lane is where the packets of a kind of flow leave and arrive.
+type lane struct {
+	in  *gate
+	cur *Stream // may have ended
+	old *Stream // the one before cur, while frames may still come out of it
+	// after is when cur may be used: when what its flows sent by the other lane's
+	// stream has arrived.
+	after time.Time
 }
 
 // NewBind makes a Bind without a stream.
@@ -107,18 +126,20 @@ func NewBind(cfg BindConfig) *Bind {
 	}
 	b := &Bind{
 		out:     newGate(cfg.GateBytes, cfg.GatePackets, outStall, 0, 1),
-		in:      newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
 		hold:    cfg.Hold,
 		udp:     cfg.Datagrams,
 		udpIn:   newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize),
 		changed: make(chan struct{}),
 	}
 	b.udpIn.unit = shortUnit
+	for i := range b.lanes {
+		b.lanes[i].in = newGate(cfg.GateBytes, cfg.GatePackets, inStall, inIdle, conn.IdealBatchSize)
+	}
 	return b
 }
 
-// Attach makes s the stream in use and ends the one before it. The Bind owns s:
-// it ends it when it closes. A Bind that was shut down ends s at once.
+// Attach makes s the stream in use in its lane and ends the one before it. The
+// Bind owns s: it ends it when it closes. A Bind that was shut down ends s at once.
 func (b *Bind) Attach(s *Stream) {
 	for _, old := range b.replace(s, false) {
 		old.end(ErrReplaced, ErrReplaced.Error())
@@ -145,34 +166,113 @@ func (b *Bind) replace(s *Stream, drain bool) (gone []*Stream) {
 		s.end(net.ErrClosed, "")
 		return nil
 	}
-	if b.cur == s {
+	l := &b.lanes[s.lane]
+	if l.cur == s {
 		return nil
 	}
-	if b.old != nil {
-		b.old.end(ErrReplaced, ErrReplaced.Error())
-		b.old = nil
+	if l.old != nil {
+		l.old.end(ErrReplaced, ErrReplaced.Error())
+		l.old = nil
 	}
-	if b.cur != nil {
-		gone = append(gone, b.cur)
+	if l.cur != nil {
+		gone = append(gone, l.cur)
 		if drain {
-			b.old = b.cur
+			l.old = l.cur
 		}
 	}
-	b.cur = s
+	if other := b.lanes[1-s.lane].cur; s.lane == queue.Bulk && (l.cur == nil || l.cur.Err() != nil) && other != nil {
+		wait := other.window.explains()
+		l.after = time.Now().Add(wait)
+		time.AfterFunc(wait, b.roomier)
+	}
+	l.cur = s
+	s.window.notify(b.roomier)
 	close(b.changed)
 	b.changed = make(chan struct{})
 	b.streams.Add(1)
+	go b.roomier()
 	return gone
 }
 
-// Stream is the attached stream, nil when none is or it has ended.
-func (b *Bind) Stream() *Stream {
+// Stream is the stream that sparse flows use, nil when none is up.
+func (b *Bind) Stream() *Stream { return b.path(queue.Sparse) }
+
+// path is the stream that a lane uses, nil when there is none.
+func (b *Bind) path(l queue.Lane) *Stream {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.cur == nil || b.cur.Err() != nil {
-		return nil
+	s, _ := b.pathLocked(l)
+	return s
+}
+
+// pathLocked is path, and whether the two lanes share it; mu is held.
+func (b *Bind) pathLocked(l queue.Lane) (s *Stream, shared bool) {
+	own, other := b.lanes[l].cur, b.lanes[1-l].cur
+	switch ownUp, otherUp := own != nil && own.Err() == nil, other != nil && other.Err() == nil; {
+	case ownUp:
+		return own, !otherUp
+	case otherUp:
+		return other, true
 	}
-	return b.cur
+	return nil, true
+}
+
+// room tells whether the window of a lane's stream takes a packet, beside batch
+// bytes that are on their way to WireGuard. What is inside WireGuard belongs to
+// the bulk lane, but for a little.
+func (b *Bind) room(l queue.Lane, batch int) bool {
+	if b.udp.MaxPacket(shortUnit) > 0 {
+		return true // UDP has no window: its queue is the kernel's
+	}
+	b.mu.Lock()
+	s, shared := b.pathLocked(l)
+	after := b.lanes[l].after
+	b.mu.Unlock()
+	if !shared && time.Now().Before(after) {
+		b.refused.Store(true)
+		return false
+	}
+	if s == nil {
+		return true // the gate bounds what waits for a stream
+	}
+	if l == queue.Bulk || shared {
+		bytes, _ := b.out.held()
+		batch += bytes
+	}
+	if s.window.room(batch) > 0 {
+		return true
+	}
+	b.refused.Store(true)
+	return s.window.room(batch) > 0 // it may have grown before roomier could see refused
+}
+
+// roomier wakes the device's reader if a window has refused it.
+func (b *Bind) roomier() {
+	b.progress.Add(1)
+	if b.refused.Swap(false) {
+		if w := b.wake.Load(); w != nil {
+			(*w).Wake()
+		}
+	}
+}
+
+// moved changes when something left WireGuard or was acknowledged.
+func (b *Bind) moved() uint64 {
+	b.out.mu.Lock()
+	defer b.out.mu.Unlock()
+	return b.out.outBytes + b.progress.Load()
+}
+
+// settle is how long a packet in the sparse lane may take to arrive, 0 when the
+// bulk lane cannot overtake it.
+func (b *Bind) settle() time.Duration {
+	b.mu.Lock()
+	s, shared := b.pathLocked(queue.Sparse)
+	b.mu.Unlock()
+	if shared || s == nil {
+		return 0
+	}
+	return s.window.explains()
 }
 
 // Shutdown closes the Bind for good and releases whatever is blocked in it.
@@ -200,10 +300,14 @@ func (b *Bind) Stats() Stats {
 		st.ReceivedPackets += st.Datagrams.ReceivedPackets
 	}
 	st.HeldBytes, st.HeldPackets = b.out.held()
-	for _, g := range []*gate{b.out, b.in, b.udpIn} {
+	st.Stalls = b.stalls.Load()
+	for _, g := range []*gate{b.out, b.lanes[queue.Sparse].in, b.lanes[queue.Bulk].in, b.udpIn} {
 		g.mu.Lock()
 		st.Stalls += g.stalls
 		g.mu.Unlock()
+	}
+	if s := b.path(queue.Bulk); s != nil {
+		s.window.report(&st)
 	}
 	return st
 }
@@ -220,9 +324,12 @@ func (b *Bind) Open(uint16) ([]conn.ReceiveFunc, uint16, error) {
 	}
 	closed := make(chan struct{})
 	b.closed = closed
-	fns := []conn.ReceiveFunc{func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
-		return b.receive(closed, msgs, sizes, eps)
-	}}
+	var fns []conn.ReceiveFunc
+	for l := range queue.Lanes {
+		fns = append(fns, func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+			return b.receive(l, closed, msgs, sizes, eps)
+		})
+	}
 	if b.udp != nil {
 		b.udp.resume()
 		fns = append(fns, func(msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
@@ -253,8 +360,12 @@ func (b *Bind) close(force bool) error {
 			b.udp.Close()
 		}
 	}
-	open := []*Stream{b.old, b.cur}
-	b.old, b.cur = nil, nil
+	var open []*Stream
+	for i := range b.lanes {
+		l := &b.lanes[i]
+		open = append(open, l.old, l.cur)
+		l.old, l.cur = nil, nil
+	}
 	b.mu.Unlock()
 	for _, s := range open {
 		if s != nil {
@@ -278,40 +389,41 @@ func (b *Bind) ParseEndpoint(s string) (conn.Endpoint, error) {
 	return &b.ep, nil
 }
 
-// live returns the attached stream if it lives; else what to wait for.
-func (b *Bind) live() (s *Stream, changed, closed <-chan struct{}) {
+// live returns the stream that a lane uses; else what to wait for.
+func (b *Bind) live(l queue.Lane) (s *Stream, changed, closed <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.cur != nil && b.cur.Err() == nil {
-		s = b.cur
-	}
+	s, _ = b.pathLocked(l)
 	return s, b.changed, b.closed
 }
 
 // patience is how long a batch waits for a stream from now on.
 func (b *Bind) patience() time.Duration {
 	b.mu.Lock()
-	s := b.cur
-	b.mu.Unlock()
-	if s == nil || s.Err() == nil {
-		return sendWait
+	defer b.mu.Unlock()
+	wait := sendWait
+	for _, l := range b.lanes {
+		if l.cur != nil && l.cur.Err() != nil {
+			wait = max(wait, b.hold-time.Since(l.cur.ended))
+		}
 	}
-	return max(sendWait, b.hold-time.Since(s.ended))
+	return wait
 }
 
-// source returns the stream to read: the old one as long as there may be
-// something in it, then the one in use; else what to wait for.
-func (b *Bind) source() (s *Stream, changed <-chan struct{}) {
+// source returns the stream of a lane to read: the old one as long as there may
+// be something in it, then the one in use; else what to wait for.
+func (b *Bind) source(i queue.Lane) (s *Stream, changed <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.old != nil && (b.old.Err() != nil || b.old.drained.Load()) {
-		b.old = nil
+	l := &b.lanes[i]
+	if l.old != nil && (l.old.Err() != nil || l.old.drained.Load()) {
+		l.old = nil
 	}
 	switch {
-	case b.old != nil:
-		s = b.old
-	case b.cur != nil && b.cur.Err() == nil && !b.cur.drained.Load():
-		s = b.cur
+	case l.old != nil:
+		s = l.old
+	case l.cur != nil && l.cur.Err() == nil && !l.cur.drained.Load():
+		s = l.cur
 	}
 	return s, b.changed
 }
@@ -336,23 +448,51 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		}
 		msgs = rest
 	}
-	return b.sendByStream(msgs)
+	return b.sendByStreams(msgs)
 }
 
-func (b *Bind) sendByStream(msgs [][]byte) error {
-	s, changed, closed := b.live()
+// sendByStreams sends each message by its lane.
+func (b *Bind) sendByStreams(msgs [][]byte) error {
+	var lanes [queue.Lanes][conn.IdealBatchSize][]byte
+	var n [queue.Lanes]int
+	for _, m := range msgs {
+		l := b.out.laneOf(m)
+		if n[l] == len(lanes[l]) {
+			if err := b.sendOn(l, lanes[l][:n[l]]); err != nil {
+				return err
+			}
+			n[l] = 0
+		}
+		lanes[l][n[l]] = m
+		n[l]++
+	}
+	for l := range queue.Lanes {
+		if n[l] > 0 {
+			if err := b.sendOn(l, lanes[l][:n[l]]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (b *Bind) sendOn(l queue.Lane, msgs [][]byte) error {
+	s, changed, closed := b.live(l)
 	if closed == nil {
 		return net.ErrClosed
 	}
 	if s == nil {
 		limit := time.NewTimer(b.patience())
 		defer limit.Stop()
-		select {
-		case <-changed:
-			s, _, _ = b.live()
-		case <-closed:
-			return net.ErrClosed
-		case <-limit.C:
+		for waits := true; s == nil && waits; {
+			select {
+			case <-changed:
+				s, changed, _ = b.live(l)
+			case <-closed:
+				return net.ErrClosed
+			case <-limit.C:
+				waits = false
+			}
 		}
 	}
 	written := 0
@@ -362,14 +502,9 @@ func (b *Bind) sendByStream(msgs [][]byte) error {
 		if err != errMoved {
 			break
 		}
-		s, _, _ = b.live() // Move put another one in its place before that
+		s, _, _ = b.live(l) // Move put another one in its place before that
 	}
-	if lost := len(msgs) - written; lost > 0 {
-		b.dropped.Add(uint64(lost))
-		if written == 0 {
-			return nil
-		}
-	}
+	b.dropped.Add(uint64(len(msgs) - written))
 	total := 0
 	for _, m := range msgs[:written] {
 		total += len(m)
@@ -379,13 +514,13 @@ func (b *Bind) sendByStream(msgs [][]byte) error {
 	return nil
 }
 
-// receive is the ReceiveFunc: WireGuard gives up on one that returns an error
-// other than net.ErrClosed, so it waits for the next stream itself.
-func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
-	gating := b.gating.Load()
+// receive is the ReceiveFunc of a lane: WireGuard gives up on one that returns an
+// error other than net.ErrClosed, so it waits for the next stream itself.
+func (b *Bind) receive(l queue.Lane, closed <-chan struct{}, msgs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+	gating, in := b.gating.Load(), b.lanes[l].in
 	k := len(msgs)
 	if gating {
-		if k = min(k, b.in.wait(closed)); k == 0 {
+		if k = min(k, in.wait(closed)); k == 0 {
 			return 0, net.ErrClosed
 		}
 	}
@@ -395,7 +530,7 @@ func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps [
 			return 0, net.ErrClosed
 		default:
 		}
-		s, changed := b.source()
+		s, changed := b.source(l)
 		if s == nil {
 			select {
 			case <-closed:
@@ -419,7 +554,7 @@ func (b *Bind) receive(closed <-chan struct{}, msgs [][]byte, sizes []int, eps [
 		// A lone handshake or keepalive never comes out at the device and is not
 		// counted; a flood of them is.
 		if gating && (data || n > 8) {
-			b.in.enter(msgs, sizes, n)
+			in.enter(msgs, sizes, nil, n)
 		}
 		b.rcvd.Add(uint64(total))
 		b.rcvdPkts.Add(uint64(n))
@@ -443,7 +578,7 @@ func (b *Bind) receiveUDP(closed <-chan struct{}, msgs [][]byte, sizes []int, ep
 		data = data || isData(msgs[i][:sizes[i]])
 	}
 	if gating && (data || n > 8) {
-		b.udpIn.enter(msgs, sizes, n)
+		b.udpIn.enter(msgs, sizes, nil, n)
 	}
 	return n, err
 }

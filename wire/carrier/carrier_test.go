@@ -16,6 +16,8 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // leaks fails the test if it leaves goroutines.
@@ -72,7 +74,7 @@ func pair(t testing.TB, pipe bool) (session, agent *Stream) {
 func open(t testing.TB, b *Bind) conn.ReceiveFunc {
 	t.Helper()
 	fns, _, err := b.Open(0)
-	if err != nil || len(fns) != 1 {
+	if err != nil || len(fns) != int(queue.Lanes) {
 		t.Fatal(fns, err)
 	}
 	t.Cleanup(b.Shutdown)
@@ -99,7 +101,7 @@ func TestRefusals(t *testing.T) {
 	}{
 		"protocol": {Hello{Protocol: 99, Version: "v9"}, func(err error) bool {
 			var p *ProtocolError
-			return errors.As(err, &p) && strings.Contains(err.Error(), "99") && strings.Contains(err.Error(), "speaks carrier protocol 1")
+			return errors.As(err, &p) && strings.Contains(err.Error(), "99") && strings.Contains(err.Error(), "speaks carrier protocol 2")
 		}},
 		"refused": {Hello{}, func(err error) bool {
 			var r *RefusedError
@@ -333,7 +335,7 @@ func TestGateNeverSticks(t *testing.T) {
 	if n := g.wait(nil); n != 16 {
 		t.Fatalf("an empty gate lets %d in", n)
 	}
-	g.enter(bufs, sizes, 16)
+	g.enter(bufs, sizes, nil, 16)
 	if g.credit() != 0 {
 		t.Fatal("a full gate is open")
 	}
@@ -343,19 +345,19 @@ func TestGateNeverSticks(t *testing.T) {
 	}
 	// All others are dropped: after the stall one more passes, and settles all.
 	more, msizes := wgBuffers(4, 1000)
-	g.enter(more, msizes, 4)
+	g.enter(more, msizes, nil, 4)
 	start := time.Now()
 	if n := g.wait(nil); n != 1 || time.Since(start) < 20*time.Millisecond {
 		t.Fatalf("%d let in after %v", n, time.Since(start))
 	}
 	last, lsizes := wgBuffers(1, 1000)
-	g.enter(last, lsizes, 1)
+	g.enter(last, lsizes, nil, 1)
 	g.leave(last)
 	if b, p := g.held(); b != 0 || p != 0 {
 		t.Fatalf("still %d bytes in %d packets", b, p)
 	}
 	// Stale tags and garbage say nothing.
-	g.enter(bufs[:2], sizes, 2)
+	g.enter(bufs[:2], sizes, nil, 2)
 	binary.LittleEndian.PutUint64(bufs[1][:device.MaxMessageSize][device.MaxMessageSize-8:], 1<<60)
 	g.leave(append(more, bufs[1]))
 	if _, p := g.held(); p != 2 {
@@ -364,7 +366,7 @@ func TestGateNeverSticks(t *testing.T) {
 	closed := make(chan struct{})
 	close(closed)
 	full, fsizes := wgBuffers(16, 1000)
-	g.enter(full, fsizes, 16)
+	g.enter(full, fsizes, nil, 16)
 	if g.wait(closed) != 0 {
 		t.Fatal("a closed gate let something in")
 	}

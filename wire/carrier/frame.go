@@ -16,6 +16,7 @@ const (
 	framePing    = 4 // 8 bytes that the pong repeats
 	framePong    = 5
 	frameClose   = 6 // the sender ends the stream; the body says why, for people
+	frameAck     = 7 // 8 bytes: how many bytes of data frames have arrived, in all
 	frameMoved   = 9 // the sender's last frame here: it goes on in another stream
 
 	headerLen = 4
@@ -35,7 +36,7 @@ const (
 	maxKnown = 64 << 10
 )
 
-func known(typ byte) bool { return typ >= frameData && typ <= frameClose || typ == frameMoved }
+func known(typ byte) bool { return typ >= frameData && typ <= frameAck || typ == frameMoved }
 
 func appendHeader(b []byte, typ byte, n int) []byte {
 	return append(b, typ, byte(n>>16), byte(n>>8), byte(n))

@@ -8,7 +8,8 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/device"
-	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // tagLen bytes at the end of every one of wireguard-go's 65,535-byte buffers
@@ -20,6 +21,12 @@ const tagLen = 16
 // How long a packet may be, in bytes, where super-packets travel and where
 // ordinary ones do.
 const longUnit, shortUnit = 64 << 10, 2 << 10
+
+// The running total of bytes leaves the highest bits of its word to the lane.
+const (
+	laneShift = 60
+	laneMask  = 1<<laneShift - 1
+)
 
 // A gate bounds what is inside WireGuard in one direction, in bytes and in
 // packets. wireguard-go's own queues hold 1,024 batches of 128 packets in
@@ -101,8 +108,9 @@ func (g *gate) wait(closed <-chan struct{}) int {
 	}
 }
 
-// enter accounts for n packets and tags their buffers.
-func (g *gate) enter(bufs [][]byte, sizes []int, n int) {
+// enter accounts for n packets and tags their buffers, with the lanes that they
+// are for (nil: none).
+func (g *gate) enter(bufs [][]byte, sizes []int, lanes []queue.Lane, n int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for i, b := range bufs[:n] {
@@ -114,7 +122,11 @@ func (g *gate) enter(bufs [][]byte, sizes []int, n int) {
 		t := b[:cap(b)][cap(b)-tagLen:]
 		binary.LittleEndian.PutUint32(t, g.magic)
 		binary.LittleEndian.PutUint32(t[4:], g.inPackets)
-		binary.LittleEndian.PutUint64(t[8:], g.inBytes)
+		total := g.inBytes
+		if lanes != nil {
+			total |= uint64(lanes[i]) << laneShift
+		}
+		binary.LittleEndian.PutUint64(t[8:], total)
 	}
 	g.entered = time.Now()
 }
@@ -133,7 +145,7 @@ func (g *gate) leave(bufs [][]byte) {
 		}
 		// A buffer may carry the tag of an earlier use (a keepalive's does): it is
 		// smaller than what is out by now and says nothing.
-		if total := binary.LittleEndian.Uint64(t[8:]); total > g.outBytes && total <= g.inBytes {
+		if total := binary.LittleEndian.Uint64(t[8:]) & laneMask; total > g.outBytes && total <= g.inBytes {
 			g.outBytes, g.outPackets = total, binary.LittleEndian.Uint32(t[4:])
 		}
 	}
@@ -147,56 +159,22 @@ func (g *gate) leave(bufs [][]byte) {
 	}
 }
 
+// laneOf is the lane that enter tagged a message with; WireGuard's own messages
+// have none and go with the sparse flows.
+func (g *gate) laneOf(b []byte) queue.Lane {
+	if !isData(b) || cap(b) != device.MaxMessageSize {
+		return queue.Sparse
+	}
+	t := b[:cap(b)][cap(b)-tagLen:]
+	if binary.LittleEndian.Uint32(t) != g.magic {
+		return queue.Sparse
+	}
+	return queue.Lane(binary.LittleEndian.Uint64(t[8:])>>laneShift) % queue.Lanes
+}
+
 // held is what is inside now, in bytes and packets.
 func (g *gate) held() (bytes, packets int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return int(g.inBytes - g.outBytes), int(g.inPackets - g.outPackets)
-}
-
-// gated is a tun.Device whose packets pass the Bind's gates.
-type gated struct {
-	tun.Device
-	b    *Bind
-	once sync.Once
-	done chan struct{}
-}
-
-// Gate wraps the device that is used with b, so that b's bounds hold for what is
-// inside WireGuard between the two. wire.New does it; call it at most once.
-func (b *Bind) Gate(d tun.Device) tun.Device {
-	b.gating.Store(true)
-	return &gated{Device: d, b: b, done: make(chan struct{})}
-}
-
-func (g *gated) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
-	g.b.out.unit = longUnit
-	if g.b.udp.MaxPacket(shortUnit) > 0 {
-		g.b.out.unit = shortUnit
-	}
-	k := g.b.out.wait(g.done) // 0 when closed: then the device's Read says so
-	if k = max(k, 1); k < len(bufs) {
-		bufs, sizes = bufs[:k], sizes[:k]
-	}
-	n, err := g.Device.Read(bufs, sizes, offset)
-	if n > 0 {
-		g.b.out.enter(bufs, sizes, n)
-	}
-	return n, err
-}
-
-func (g *gated) Write(bufs [][]byte, offset int) (int, error) {
-	g.b.in.busy.Add(1)
-	g.b.udpIn.busy.Add(1)
-	n, err := g.Device.Write(bufs, offset)
-	g.b.in.busy.Add(-1)
-	g.b.udpIn.busy.Add(-1)
-	g.b.in.leave(bufs)
-	g.b.udpIn.leave(bufs)
-	return n, err
-}
-
-func (g *gated) Close() error {
-	g.once.Do(func() { close(g.done) })
-	return g.Device.Close()
 }

@@ -5,11 +5,13 @@ package carrier
 
 import (
 	"net/netip"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // Protocol is the version of the frames and of the introduction. Two ends that
 // differ refuse each other and say which versions they have.
-const Protocol = 1
+const Protocol = 2
 
 // ControlPort is the TCP port on which the agent accepts streams, on 127.0.0.1
 // of its pod only: who may port-forward to the pod may introduce a peer.
@@ -33,6 +35,9 @@ type Hello struct {
 	Inbound   []netip.Addr `json:"inbound"`   // where the session's netstack answers the cluster
 	MTU       int          `json:"mtu"`       // of inner packets
 	Features  []string     `json:"features,omitempty"`
+	// Lane is what the stream is for. The bulk lane's comes second and may be
+	// missing.
+	Lane queue.Lane `json:"lane,omitempty"`
 }
 
 // FeatureGSO: TCP super-packets of up to 64 KiB with partial checksums may be

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/internal/version"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // introduceWithin bounds the introduction on top of the caller's context: two
@@ -44,6 +45,7 @@ func Dial(ctx context.Context, c net.Conn, h Hello) (*Stream, Welcome, error) {
 		h.Version = version.Version
 	}
 	s := newStream(c)
+	s.lane = h.Lane
 	var w Welcome
 	err := s.introduce(ctx, func() error {
 		if err := s.say(frameHello, h); err != nil {
@@ -81,6 +83,9 @@ func Accept(ctx context.Context, c net.Conn, answer func(Hello) Welcome) (*Strea
 			_ = s.say(frameWelcome, Welcome{Protocol: Protocol, Version: version.Version,
 				Error: fmt.Sprintf("protocol %d is not mine (%d)", h.Protocol, Protocol)})
 			return err
+		}
+		if s.lane = h.Lane; s.lane >= queue.Lanes {
+			return fmt.Errorf("there is no lane %d", h.Lane)
 		}
 		w := answer(h)
 		if w.Protocol == 0 {

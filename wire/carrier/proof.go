@@ -11,8 +11,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // ProxyPort is the TCP port on the addresses of its pod where the agent takes
@@ -37,8 +40,8 @@ const (
 
 // The two ends' proofs differ, so that neither can be sent back to its maker.
 const (
-	proofOfSession = "culvert proxy 1, session\x00"
-	proofOfAgent   = "culvert proxy 1, agent\x00"
+	proofOfSession = "culvert proxy 2, session\x00"
+	proofOfAgent   = "culvert proxy 2, agent\x00"
 )
 
 // ErrProof tells that the other end does not know the secret: a stranger, or an
@@ -52,9 +55,10 @@ func NewSecret() []byte {
 	return b
 }
 
-func proof(secret []byte, of string, agentNonce, sessionNonce []byte) []byte {
+func proof(secret []byte, of string, lane queue.Lane, agentNonce, sessionNonce []byte) []byte {
 	h := hmac.New(sha256.New, secret)
 	h.Write([]byte(of))
+	h.Write([]byte{byte(lane)})
 	h.Write(agentNonce)
 	h.Write(sessionNonce)
 	return h.Sum(nil)
@@ -62,26 +66,27 @@ func proof(secret []byte, of string, agentNonce, sessionNonce []byte) []byte {
 
 // Prove is the session's end of a connection that was just upgraded: it proves
 // the secret that the agent gave away when it was introduced, and has the agent
-// do the same. No introduction follows. The way from the API server to the pod is
+// do the same. The stream is for the lane. No introduction follows. The way from the API server to the pod is
 // plain HTTP, and whoever sits on it could exchange the keys in an introduction;
 // as it is, he sees nothing but encrypted packets. It takes ownership of c.
 // Errors are ErrProof, the context's or those of c.
-func Prove(ctx context.Context, c net.Conn, secret []byte) (*Stream, error) {
+func Prove(ctx context.Context, c net.Conn, secret []byte, lane queue.Lane) (*Stream, error) {
 	s := newStream(c)
+	s.lane = lane
 	err := s.introduce(ctx, func() error {
 		var nonce [SecretLen]byte
 		if _, err := io.ReadFull(c, nonce[:]); err != nil {
 			return fmt.Errorf("reading the agent's nonce: %w", err)
 		}
 		mine, begun := NewSecret(), time.Now()
-		if _, err := c.Write(append(mine[:SecretLen:SecretLen], proof(secret, proofOfSession, nonce[:], mine)...)); err != nil {
+		if _, err := c.Write(slices.Concat(mine, []byte{byte(lane)}, proof(secret, proofOfSession, lane, nonce[:], mine))); err != nil {
 			return fmt.Errorf("writing the proof: %w", err)
 		}
 		var theirs [proofLen]byte
 		if _, err := io.ReadFull(c, theirs[:]); err != nil {
 			return fmt.Errorf("reading the agent's proof: %w", err)
 		}
-		if !hmac.Equal(theirs[:], proof(secret, proofOfAgent, nonce[:], mine)) {
+		if !hmac.Equal(theirs[:], proof(secret, proofOfAgent, lane, nonce[:], mine)) {
 			return ErrProof
 		}
 		s.rtt.Store(int64(time.Since(begun)))
@@ -107,15 +112,18 @@ func Verify(ctx context.Context, c net.Conn, secret []byte) (*Stream, error) {
 		if _, err := c.Write(append([]byte(hello), nonce...)); err != nil {
 			return fmt.Errorf("answering the upgrade: %w", err)
 		}
-		var got [SecretLen + proofLen]byte
+		var got [SecretLen + 1 + proofLen]byte
 		if _, err := io.ReadFull(c, got[:]); err != nil {
 			return fmt.Errorf("reading the session's proof: %w", err)
 		}
-		theirs := got[:SecretLen]
-		if len(secret) != SecretLen || !hmac.Equal(got[SecretLen:], proof(secret, proofOfSession, nonce, theirs)) {
+		theirs, lane := got[:SecretLen], queue.Lane(got[SecretLen])
+		if len(secret) != SecretLen || !hmac.Equal(got[SecretLen+1:], proof(secret, proofOfSession, lane, nonce, theirs)) {
 			return ErrProof
 		}
-		if _, err := c.Write(proof(secret, proofOfAgent, nonce, theirs)); err != nil {
+		if s.lane = lane; lane >= queue.Lanes {
+			return fmt.Errorf("there is no lane %d", lane)
+		}
+		if _, err := c.Write(proof(secret, proofOfAgent, lane, nonce, theirs)); err != nil {
 			return fmt.Errorf("writing the proof: %w", err)
 		}
 		return nil

@@ -8,12 +8,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // door runs Verify for one connection after another, as the agent does, and
@@ -96,7 +99,7 @@ func TestProof(t *testing.T) {
 	if resp == nil || resp.StatusCode != 101 || resp.Header.Get("Upgrade") != ProxyUpgrade {
 		t.Fatalf("answered %+v", resp)
 	}
-	s, err := Prove(context.Background(), upgraded{c, r}, secret)
+	s, err := Prove(context.Background(), upgraded{c, r}, secret, queue.Sparse)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +120,7 @@ func TestProof(t *testing.T) {
 
 	// Another secret.
 	c, r, _ = knock(t, addr, goodRequest)
-	if _, err := Prove(context.Background(), upgraded{c, r}, NewSecret()); err == nil {
+	if _, err := Prove(context.Background(), upgraded{c, r}, NewSecret(), queue.Sparse); err == nil {
 		t.Error("another secret was proof")
 	}
 	if err, ok := (<-made).(error); !ok || !errors.Is(err, ErrProof) {
@@ -135,7 +138,8 @@ func TestProofReplayed(t *testing.T) {
 		t.Fatal(err)
 	}
 	recorded := append([]byte{}, make([]byte, SecretLen)...)
-	recorded = append(recorded, proof(secret, proofOfSession, nonce, recorded[:SecretLen])...)
+	recorded = append(recorded, byte(queue.Sparse))
+	recorded = append(recorded, proof(secret, proofOfSession, queue.Sparse, nonce, recorded[:SecretLen])...)
 
 	for name, bytes := range map[string][]byte{
 		"replayed": recorded,
@@ -162,7 +166,7 @@ func TestProofReplayed(t *testing.T) {
 		t.Fatal(err)
 	}
 	mine := make([]byte, SecretLen)
-	if _, err := c.Write(append(mine, proof(secret, proofOfAgent, nonce, mine)...)); err != nil {
+	if _, err := c.Write(slices.Concat(mine, []byte{byte(queue.Sparse)}, proof(secret, proofOfAgent, queue.Sparse, nonce, mine))); err != nil {
 		t.Fatal(err)
 	}
 	if err, ok := (<-made).(error); !ok || !errors.Is(err, ErrProof) {
@@ -176,11 +180,11 @@ func TestAgentProves(t *testing.T) {
 	a, b := net.Pipe()
 	go func() {
 		_, _ = b.Write(make([]byte, SecretLen))
-		_, _ = io.ReadFull(b, make([]byte, SecretLen+proofLen))
+		_, _ = io.ReadFull(b, make([]byte, SecretLen+1+proofLen))
 		_, _ = b.Write(make([]byte, proofLen))
 		_, _ = io.Copy(io.Discard, b)
 	}()
-	if _, err := Prove(context.Background(), a, NewSecret()); !errors.Is(err, ErrProof) {
+	if _, err := Prove(context.Background(), a, NewSecret(), queue.Sparse); !errors.Is(err, ErrProof) {
 		t.Errorf("a stranger is the agent: %v", err)
 	}
 }
@@ -218,7 +222,7 @@ func TestNoSecretNoDoor(t *testing.T) {
 	leaks(t)
 	addr, made := door(t, nil, 5*time.Second)
 	c, r, _ := knock(t, addr, goodRequest)
-	if _, err := Prove(context.Background(), upgraded{c, r}, nil); err == nil {
+	if _, err := Prove(context.Background(), upgraded{c, r}, nil, queue.Sparse); err == nil {
 		t.Error("the empty secret was proof")
 	}
 	if _, ok := (<-made).(error); !ok {

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -35,6 +37,20 @@ const (
 	// writes per frame of SPDY; another writer (a handshake) waits for one chunk
 	// at most.
 	writeChunk = 256 << 10
+	// ackBytes are acknowledged at once, and less after ackDelay, unless data
+	// travels back meanwhile and takes the acknowledgement along: half a
+	// super-packet keeps a full window moving, and who sends little and is answered
+	// costs no extra write.
+	ackBytes = 32 << 10
+	ackDelay = 2 * time.Millisecond
+	// On a path whose round trip is at least nudgeFrom, something follows each burst
+	// after an eighth of it: a lone packet that is lost is repeated after 200 ms and
+	// more, because there is nothing behind it whose arrival would tell (RFC 8985,
+	// section 7.2).
+	nudgeFrom = 20 * time.Millisecond
+	// asideBytes bounds what a stream of the bulk lane has taken and not yet
+	// written: as much as is inside WireGuard. Above it Send waits.
+	asideBytes = 1 << 20
 	// closeGrace is how long an ending stream tries to tell the other end why.
 	closeGrace = 250 * time.Millisecond
 )
@@ -71,9 +87,24 @@ type Stream struct {
 	in      frameReader // of the one goroutine that reads
 	drained atomic.Bool // the other end sends nothing more here
 
-	wmu   sync.Mutex // guards writes to c
-	out   []byte
-	moved bool // we send nothing more here
+	lane  queue.Lane
+	aside bool // a goroutine of its own writes, so that nobody waits for a slow carrier
+
+	wmu     sync.Mutex // guards what follows, and writes to c
+	out     []byte     // framed, to be written
+	writing bool       // aside: being written, without wmu
+	pushed  sync.Cond  // out or writing changed, or the stream has ended
+	moved   bool       // we send nothing more here
+	ackOut  uint64     // the last acknowledgement sent
+
+	window window        // of what this end sends
+	dataIn atomic.Uint64 // bytes of data frames received, to be acknowledged
+	ackAt  atomic.Uint64 // ackOut, for the goroutine that reads
+	acks   chan struct{} // capacity 1: acknowledge now
+	late   *time.Timer   // of an acknowledgement that waits for more
+	armed  atomic.Bool   // late runs
+	nudge  *time.Timer   // of what follows a burst
+	burst  bool          // nudge runs; wmu guards it
 
 	once   sync.Once
 	done   chan struct{}
@@ -100,7 +131,9 @@ func newStream(c net.Conn) *Stream {
 	s := &Stream{
 		c: c, started: time.Now(), in: frameReader{src: c}, done: make(chan struct{}),
 		pongs: make(chan uint64, 1), pings: make(chan struct{}, 1), beat: make(chan struct{}, 1),
+		acks: make(chan struct{}, 1),
 	}
+	s.pushed.L = &s.wmu
 	s.ping.Store(int64(pingEvery))
 	s.dead.Store(int64(deadAfter))
 	return s
@@ -108,10 +141,27 @@ func newStream(c net.Conn) *Stream {
 
 // start starts the goroutines of an introduced stream.
 func (s *Stream) start() {
-	s.wg.Add(2)
+	s.window.start()
+	s.late = time.AfterFunc(time.Hour, func() {
+		s.armed.Store(false)
+		s.acknowledge()
+	})
+	s.nudge = time.AfterFunc(time.Hour, s.follow)
+	s.nudge.Stop()
+	s.late.Stop()
+	s.wg.Add(3)
 	go s.watch()
 	go s.answer()
+	go s.tell()
+	if s.lane == queue.Bulk {
+		s.aside = true
+		s.wg.Add(1)
+		go s.push()
+	}
 }
+
+// Lane is the lane that the stream was introduced for.
+func (s *Stream) Lane() queue.Lane { return s.lane }
 
 // Done is closed when the stream has ended; Err says why.
 func (s *Stream) Done() <-chan struct{} { return s.done }
@@ -178,6 +228,15 @@ func (s *Stream) end(err error, reason string) {
 	s.once.Do(func() {
 		s.err, s.reason, s.ended = err, reason, time.Now()
 		close(s.done)
+		if s.late != nil {
+			s.late.Stop()
+			s.nudge.Stop()
+		}
+		go func() { // whoever holds wmu may be in a write, which only Close releases
+			s.wmu.Lock()
+			s.pushed.Broadcast()
+			s.wmu.Unlock()
+		}()
 	})
 }
 
@@ -202,6 +261,11 @@ func (s *Stream) watch() {
 		select {
 		case <-s.done:
 			if s.reason != "" && s.wmu.TryLock() {
+				if s.writing {
+					s.wmu.Unlock()
+					_ = s.c.Close()
+					return
+				}
 				release := time.AfterFunc(closeGrace, func() { s.c.Close() })
 				_, _ = s.c.Write(appendFrame(nil, frameClose, []byte(s.reason[:min(len(s.reason), maxReason)])))
 				release.Stop()
@@ -276,7 +340,7 @@ func (s *Stream) answer() {
 		var body [8]byte
 		binary.BigEndian.PutUint64(body[:], v)
 		s.wmu.Lock()
-		s.out = appendFrame(s.out[:0], typ, body[:])
+		s.out = appendFrame(s.out, typ, body[:])
 		err := s.flush()
 		s.wmu.Unlock()
 		if err != nil {
@@ -285,11 +349,88 @@ func (s *Stream) answer() {
 	}
 }
 
-// flush writes s.out; s.wmu is held.
+// tell acknowledges what has arrived, unless data told it already. It is not the
+// goroutine that reads, for the reason that answer is not.
+func (s *Stream) tell() {
+	defer s.wg.Done()
+	for {
+		select {
+		case <-s.done:
+			return
+		case <-s.acks:
+		}
+		s.wmu.Lock()
+		s.appendAck()
+		err := s.flush()
+		s.wmu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// appendAck adds an acknowledgement to s.out if one is due; s.wmu is held.
+func (s *Stream) appendAck() {
+	if s.dataIn.Load() != s.ackOut && !s.moved {
+		s.addAck()
+	}
+}
+
+// addAck adds an acknowledgement to s.out; s.wmu is held.
+func (s *Stream) addAck() {
+	s.ackOut = s.dataIn.Load()
+	s.ackAt.Store(s.ackOut)
+	s.out = binary.BigEndian.AppendUint64(appendHeader(s.out, frameAck, 8), s.ackOut)
+}
+
+// follow sends an acknowledgement whether it is due or not, see nudgeFrom.
+func (s *Stream) follow() {
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	s.burst = false
+	if s.moved || s.Err() != nil || s.writing {
+		return
+	}
+	s.addAck()
+	_ = s.flush()
+}
+
+// arrived accounts for n bytes of data frames.
+func (s *Stream) arrived(n int) {
+	if n == 0 {
+		return
+	}
+	if due := s.dataIn.Add(uint64(n)) - s.ackAt.Load(); due >= ackBytes {
+		s.acknowledge()
+	} else if s.armed.CompareAndSwap(false, true) {
+		s.late.Reset(ackDelay)
+	}
+}
+
+func (s *Stream) acknowledge() {
+	select {
+	case s.acks <- struct{}{}:
+	default:
+	}
+}
+
+// flush writes s.out, or has it written; s.wmu is held.
 func (s *Stream) flush() error {
+	if len(s.out) == 0 {
+		return nil
+	}
 	s.asked.CompareAndSwap(0, s.now())
-	n, err := s.c.Write(s.out)
+	if s.aside {
+		s.pushed.Broadcast()
+		return s.Err()
+	}
+	err := s.writeOut(s.out)
 	s.out = s.out[:0]
+	return err
+}
+
+func (s *Stream) writeOut(b []byte) error {
+	n, err := s.c.Write(b)
 	s.sent.Add(uint64(n))
 	if err != nil {
 		s.end(fmt.Errorf("writing to the carrier: %w", err), "")
@@ -297,11 +438,41 @@ func (s *Stream) flush() error {
 	return err
 }
 
+// push writes what flush left to it.
+func (s *Stream) push() {
+	defer s.wg.Done()
+	var spare []byte
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	for {
+		for len(s.out) == 0 && s.Err() == nil {
+			s.pushed.Wait()
+		}
+		if s.Err() != nil {
+			return
+		}
+		b := s.out
+		s.out, s.writing = spare[:0], true
+		s.wmu.Unlock()
+		err := s.writeOut(b)
+		s.wmu.Lock()
+		s.writing = false
+		s.pushed.Broadcast()
+		if err != nil {
+			return
+		}
+		if spare = b; cap(spare) > 2*asideBytes {
+			spare = nil // do not keep the memory of a burst
+		}
+	}
+}
+
 // move says that nothing more is sent here, after what is being written.
 func (s *Stream) move() {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
-	s.out = appendFrame(s.out[:0], frameMoved, nil)
+	s.appendAck()
+	s.out = appendFrame(s.out, frameMoved, nil)
 	if s.flush() == nil {
 		s.moved = true
 	}
@@ -314,20 +485,28 @@ func (s *Stream) write(msgs [][]byte) (int, error) {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
 	written := 0
-	for i, m := range msgs {
+	for written < len(msgs) {
+		for s.aside && len(s.out) >= asideBytes && s.Err() == nil {
+			s.pushed.Wait()
+		}
 		if s.moved {
 			return written, errMoved
 		}
-		s.out = append(appendHeader(s.out, frameData, len(m)), m...)
-		last := i == len(msgs)-1
-		if !last && len(s.out)+headerLen+len(msgs[i+1]) <= writeChunk {
-			continue
+		s.appendAck()
+		before, n := len(s.out), written
+		for n < len(msgs) && (n == written || len(s.out)+headerLen+len(msgs[n]) <= writeChunk) {
+			s.out = append(appendHeader(s.out, frameData, len(msgs[n])), msgs[n]...)
+			n++
 		}
+		s.window.wrote(len(s.out) - before)
 		if err := s.flush(); err != nil {
 			return written, err
 		}
-		written = i + 1
-		if !last {
+		if rtt := s.window.pathRTT(); rtt >= nudgeFrom && !s.burst {
+			s.burst = true
+			s.nudge.Reset(rtt / 8)
+		}
+		if written = n; written < len(msgs) && !s.aside {
 			// Let a waiting handshake or pong in between.
 			s.wmu.Unlock()
 			s.wmu.Lock()
@@ -339,7 +518,8 @@ func (s *Stream) write(msgs [][]byte) (int, error) {
 // read waits for messages and returns all that are there, at least one. Only
 // one goroutine may read at a time.
 func (s *Stream) read(msgs [][]byte, sizes []int) (int, error) {
-	n := 0
+	n, arrived := 0, 0
+	defer func() { s.arrived(arrived) }()
 	for {
 		for n < len(msgs) {
 			typ, body, ok, err := s.in.next()
@@ -356,6 +536,7 @@ func (s *Stream) read(msgs [][]byte, sizes []int) (int, error) {
 				}
 				continue
 			}
+			arrived += headerLen + len(body)
 			if len(body) > 0 && len(body) <= maxMessage && len(body) <= len(msgs[n]) {
 				sizes[n] = copy(msgs[n], body)
 				n++
@@ -406,6 +587,10 @@ func (s *Stream) control(typ byte, body []byte) error {
 		}
 		if d := time.Since(s.started) - time.Duration(binary.BigEndian.Uint64(body)); d > 0 && d < time.Hour {
 			s.rtt.Store(int64(d))
+		}
+	case frameAck:
+		if len(body) == 8 {
+			s.window.ack(binary.BigEndian.Uint64(body))
 		}
 	case frameClose:
 		err := &ClosedError{Reason: printable(body)}

@@ -173,13 +173,19 @@ func (g *got) all(from, n uint32) bool {
 	return true
 }
 
+// count is how many came by the streams, and by UDP.
 func (g *got) count() []int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return append([]int(nil), g.ways...)
+	udp := len(g.ways) - 1
+	streams := 0
+	for _, n := range g.ways[:udp] {
+		streams += n
+	}
+	return []int{streams, g.ways[udp]}
 }
 
-func eventually(t *testing.T, what string, f func() bool) {
+func eventually(t testing.TB, what string, f func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {

@@ -13,6 +13,8 @@ import (
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -20,9 +22,13 @@ const (
 	DefaultMTU = 1420
 
 	// DefaultQueueBytes bounds the packets that the stack has written and
-	// WireGuard has not read: 16 super-packets, which keeps the encryption busy
-	// while a woken sender refills, and no more, since every byte here is delay.
-	DefaultQueueBytes = 1 << 20
+	// WireGuard has not read. The data of TCP among them is in its connection's
+	// send buffer anyway, which is smaller. The queue is fair, so what one flow has
+	// here delays no other.
+	DefaultQueueBytes = 8 << 20
+	// datagramBytes bounds those of one flow of UDP; above it its sender waits, and
+	// the pod's socket drops. More would be only delay.
+	datagramBytes = 256 << 10
 
 	// batchSize is how many packets WireGuard asks for at once: its own maximum.
 	batchSize = 128
@@ -39,7 +45,8 @@ type Config struct {
 	// Split says how long packets may be, headers included, at the moment, beside
 	// GSO; 0: as GSO has it. It is asked for each batch. May be nil.
 	Split func() int
-	// QueueBytes bounds the outgoing queue. Data above it waits in its sender.
+	// QueueBytes bounds the outgoing queue. Above it the flow that has most in it
+	// loses its oldest packet.
 	QueueBytes int
 }
 
@@ -50,7 +57,7 @@ type Endpoint struct {
 	gso    bool
 	limit  int
 	events chan tun.Event
-	batch  []*stack.PacketBuffer // of Read
+	batch  []*stack.PacketBuffer // of Pull
 
 	split func() int // Config.Split
 	cut   cutter     // of Read
@@ -61,8 +68,9 @@ type Endpoint struct {
 
 	mu       sync.Mutex
 	readable sync.Cond // the queue has a packet, or closed
-	writable sync.Cond // the queue is below its limit, or closed
-	queue    ring
+	writable sync.Cond // packets were read, or closed
+	queue    *queue.Queue[*stack.PacketBuffer]
+	again    *time.Timer // wakes Pull when a flow that settles may go on
 	dropped  uint64
 	held     bool
 	closed   bool
@@ -97,9 +105,12 @@ func New(c Config) *Endpoint {
 		mtu:    uint32(c.MTU),
 		events: make(chan tun.Event, 1),
 		batch:  make([]*stack.PacketBuffer, 0, batchSize),
+		queue:  queue.New[*stack.PacketBuffer](),
 	}
 	e.readable.L = &e.mu
 	e.writable.L = &e.mu
+	e.again = time.AfterFunc(time.Hour, e.Wake)
+	e.again.Stop()
 	e.events <- tun.EventUp
 	return e
 }
@@ -110,40 +121,49 @@ func (e *Endpoint) Link() stack.LinkEndpoint { return (*link)(e) }
 // Read waits for packets and copies as many as are queued and fit, each to
 // bufs[i][offset:], its length to sizes[i]. It returns os.ErrClosed after Close.
 func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
+	for {
+		if n, err := e.Pull(bufs, sizes, offset, everything{}); n > 0 || err != nil {
+			return n, err
+		}
+	}
+}
+
+// everything admits all.
+type everything struct{}
+
+func (everything) Admit(queue.Lane, int) bool { return true }
+func (everything) Settle() time.Duration      { return 0 }
+
+// Pull implements carrier.Source. It asks adm for packets as they are before they
+// are cut.
+func (e *Endpoint) Pull(bufs [][]byte, sizes []int, offset int, adm queue.Admission) (int, error) {
 	if n := e.cut.next(bufs, sizes, offset); n > 0 {
 		return n, nil // of a packet that the last batch had no room for
 	}
 	e.mu.Lock()
-	for (e.queue.len == 0 || e.held) && !e.closed {
+	longest := 0
+	for !e.closed {
+		longest = e.split()
+		if !e.held && e.queue.Len() > 0 && e.take(min(len(bufs), batchSize), longest, adm) {
+			break
+		}
 		e.readable.Wait()
 	}
 	if e.closed {
 		e.mu.Unlock()
 		return 0, os.ErrClosed
 	}
-	full := e.queue.bytes >= e.limit
-	longest := e.split()
-	for room := min(len(bufs), batchSize); e.queue.len > 0 && room > 0; room-- {
-		p := e.queue.pop()
-		e.batch = append(e.batch, p)
-		if longest > 0 {
-			room -= p.Size() / max(longest-maxHeaders, 1) // or fewer: only the last is left in part
-		}
-	}
-	if full {
-		e.writable.Broadcast()
-	}
+	e.writable.Broadcast()
 	e.mu.Unlock()
 
 	n := 0
 	for i, p := range e.batch {
-		switch size := p.Size(); {
-		case longest > 0:
+		if longest > 0 {
 			e.cut.begin(p, longest)
 			n += e.cut.next(bufs[n:], sizes[n:], offset)
-		case size <= len(bufs[n])-offset:
+		} else {
 			copyPacket(bufs[n][offset:], p)
-			sizes[n] = size
+			sizes[n] = p.Size()
 			n++
 		}
 		p.DecRef()
@@ -151,6 +171,33 @@ func (e *Endpoint) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	}
 	e.batch = e.batch[:0]
 	return n, nil
+}
+
+// take moves packets to the batch, of which cut to longest there are up to room,
+// and tells whether there are any; mu is held.
+func (e *Endpoint) take(room, longest int, adm queue.Admission) bool {
+	now := time.Now()
+	for ; room > 0; room-- {
+		p, size, ok := e.queue.Pop(now, adm)
+		if !ok {
+			break
+		}
+		e.batch = append(e.batch, p)
+		if longest > 0 {
+			room -= size / max(longest-maxHeaders, 1) // or fewer: only the last is left in part
+		}
+	}
+	if at := e.queue.Held(); len(e.batch) == 0 && !at.IsZero() {
+		e.again.Reset(at.Sub(now))
+	}
+	return len(e.batch) > 0
+}
+
+// Wake implements carrier.Source.
+func (e *Endpoint) Wake() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.readable.Broadcast()
 }
 
 // copyPacket writes the packet from its IP header on to b, which is large
@@ -223,7 +270,7 @@ func (e *Endpoint) Delivering() time.Duration {
 	return time.Since(epoch) - time.Duration(began)
 }
 
-// Dropped counts outgoing packets that found the queue full and could not wait.
+// Dropped counts outgoing packets that the queue's bound has cost.
 func (e *Endpoint) Dropped() uint64 {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -234,7 +281,7 @@ func (e *Endpoint) Dropped() uint64 {
 func (e *Endpoint) Queued() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.queue.bytes
+	return e.queue.Bytes()
 }
 
 // MTU is that of ordinary packets, in bytes.
@@ -265,8 +312,9 @@ func (e *Endpoint) Close() error {
 		return nil
 	}
 	e.closed = true
-	for e.queue.len > 0 {
-		e.queue.pop().DecRef()
+	e.again.Stop()
+	for p, ok := e.queue.Drop(); ok; p, ok = e.queue.Drop() {
+		p.DecRef()
 	}
 	close(e.events)
 	e.readable.Broadcast()

@@ -1,14 +1,23 @@
 package netstack
 
 import (
+	"net/netip"
+	"time"
+
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // maxGSO is the largest TCP super-packet without its headers. A WireGuard
 // message of 65,535 bytes has 32 of its own and is padded to 16.
 const maxGSO = 65400
+
+// maxPacket is what fits WireGuard's buffer with its header, padding and
+// authenticator, and the gate's tag.
+const maxPacket = 65535 - 16 - 15 - 16 - 16
 
 // link is the stack's side of an Endpoint: a type of its own, because MTU and
 // Close are methods of stack.LinkEndpoint and of tun.Device that differ.
@@ -21,34 +30,37 @@ var (
 
 // WritePackets queues packets for Read.
 //
-// A sender of data that finds the queue full waits, which is what slows the
-// stack down to the carrier's speed without losing anything. gVisor sends data
-// from the goroutine of a connection's user, from its TCP processors and from
-// timers, while it holds that endpoint's lock; neither Read nor the delivery of
-// packets needs it. What the stack answers by itself (acknowledgements, resets,
-// ICMP) may be sent on the goroutine that delivers, which must not wait: the
-// far end may be in the same state, and then neither would ever read. Such
-// packets are small; they may take the queue to twice its limit and are
-// dropped above that.
+// Nobody waits here with TCP: gVisor sends from the goroutines that deliver what
+// has arrived, for many connections, and they must go on, or one connection that
+// fills the path would hold up others' acknowledgements. A connection's
+// send buffer bounds what it has here. UDP is sent by the goroutine of its one
+// flow, which waits above datagramBytes: its socket drops then.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
+	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
 	for _, p := range pkts.AsSlice() {
-		if l.queue.bytes >= l.limit && mayWait(p) {
-			for l.queue.bytes >= l.limit && !l.closed {
-				l.readable.Signal()
-				l.writable.Wait()
-			}
+		size := p.Size()
+		if size > maxPacket {
+			l.dropped++
+			continue
+		}
+		key, datagram := keyOf(p)
+		flow := l.queue.Flow(&key)
+		for datagram && l.queue.FlowBytes(flow) >= datagramBytes && !l.closed {
+			l.writable.Wait()
 		}
 		if l.closed {
 			return n, &tcpip.ErrClosedForSend{}
 		}
-		if l.queue.bytes >= 2*l.limit {
-			l.dropped++
-			continue
+		l.queue.Push(flow, size, p.IncRef(), now)
+		for l.queue.Bytes() > l.limit {
+			if lost, ok := l.queue.Drop(); ok {
+				lost.DecRef()
+				l.dropped++
+			}
 		}
-		l.queue.push(p.IncRef())
 		n++
 	}
 	if n == 0 {
@@ -58,24 +70,29 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	return n, nil
 }
 
-// mayWait tells data (TCP with payload, UDP and its fragments) from what the
-// stack answers by itself.
-func mayWait(p *stack.PacketBuffer) bool {
-	ip := p.NetworkHeader().Slice()
-	if len(ip) < header.IPv4MinimumSize {
-		return false
+// keyOf is the flow of a packet, and whether it is UDP's. Fragments have no ports,
+// so that all of a datagram go together.
+func keyOf(p *stack.PacketBuffer) (k queue.Key, datagram bool) {
+	ip, ports := p.NetworkHeader().Slice(), p.TransportHeader().Slice()
+	switch {
+	case len(ip) >= header.IPv6MinimumSize && ip[0]>>4 == 6:
+		h := header.IPv6(ip)
+		proto := h.NextHeader()
+		fragment := proto == header.IPv6FragmentHeader // the extension header is part of the network header
+		if fragment {
+			ports = nil
+		}
+		src, dst := netip.AddrFrom16(h.SourceAddress().As16()), netip.AddrFrom16(h.DestinationAddress().As16())
+		return queue.MakeKey(src, dst, proto, ports), fragment || proto == uint8(header.UDPProtocolNumber)
+	case len(ip) >= header.IPv4MinimumSize:
+		h := header.IPv4(ip)
+		if h.More() || h.FragmentOffset() != 0 {
+			ports = nil
+		}
+		src, dst := netip.AddrFrom4(h.SourceAddress().As4()), netip.AddrFrom4(h.DestinationAddress().As4())
+		return queue.MakeKey(src, dst, h.Protocol(), ports), h.Protocol() == uint8(header.UDPProtocolNumber)
 	}
-	proto := ip[9]
-	if ip[0]>>4 == 6 {
-		proto = ip[6]
-	}
-	switch proto {
-	case uint8(header.TCPProtocolNumber):
-		return p.Data().Size() > 0
-	case uint8(header.UDPProtocolNumber), header.IPv6FragmentHeader:
-		return true
-	}
-	return false
+	return k, false
 }
 
 // SupportedGSO: with HostGSO the stack writes super-packets and leaves TCP
