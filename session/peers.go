@@ -93,7 +93,7 @@ func (s *Session) addPeer(ctx context.Context, req api.PeerRequest) (*api.PeerCo
 	if err != nil {
 		return nil, err
 	}
-	c := &api.PeerConfig{Name: req.Name, Context: s.cluster.Context(), PublicKey: req.PublicKey}
+	c := &api.PeerConfig{Name: req.Name, PublicKey: req.PublicKey}
 	if c.PublicKey == "" {
 		key := wire.NewPrivateKey()
 		c.PrivateKey, c.PublicKey = key.String(), key.Public().String()
@@ -138,7 +138,7 @@ func (s *Session) addPeer(ctx context.Context, req api.PeerRequest) (*api.PeerCo
 	}); err != nil {
 		return nil, err
 	}
-	c.Agent = agent.Namespace + "/" + agent.Pod
+	c.Context, c.Agent = s.cluster.Context(), agent.Namespace+"/"+agent.Pod
 	c.Addresses, c.DNS, c.MTU, c.ServerKey = made.Addresses, st.DNS, st.MTU, st.PublicKey
 	c.Endpoint = endpoint.text(st)
 	c.Search = s.names.search()

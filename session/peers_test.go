@@ -139,3 +139,16 @@ func TestForgetOldest(t *testing.T) {
 		t.Errorf("%d of this agent are kept", n)
 	}
 }
+
+// TestPeersBeforeConnect: a session that is not connected says so.
+func TestPeersBeforeConnect(t *testing.T) {
+	s := newSession(nil)
+	s.status.st.State = api.Connecting
+	var e *api.Error
+	if _, err := s.addPeer(t.Context(), api.PeerRequest{Name: "phone"}); !errors.As(err, &e) || e.Code != api.CodeAgent || !strings.Contains(e.Message, "connecting") {
+		t.Errorf("add: %v", err)
+	}
+	if _, _, err := s.handlePeers(t.Context(), nil, nil); !errors.As(err, &e) || e.Hint == "" {
+		t.Errorf("list: %v", err)
+	}
+}

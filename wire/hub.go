@@ -55,7 +55,9 @@ func NewHub(cfg HubConfig) (*Hub, error) {
 	}
 	h := &Hub{own: cfg.PrivateKey.Public(), peers: map[Key][]netip.Addr{}}
 	h.valve = newValve(h.own)
-	h.dev = device.NewDevice(h.valve.device(cfg.Device), h.valve.bind(conn.NewStdNetBind()), logger(log))
+	lines := logger(log)
+	lines.Errorf = lines.Verbosef // a peer whose network is gone has one for each packet
+	h.dev = device.NewDevice(h.valve.device(cfg.Device), h.valve.bind(conn.NewStdNetBind()), lines)
 	if err := h.dev.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(cfg.PrivateKey[:]), cfg.Port)); err != nil {
 		h.Close()
 		return nil, fmt.Errorf("setting the WireGuard key and port %d: %w", cfg.Port, err)
