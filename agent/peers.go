@@ -186,8 +186,8 @@ func (p *peers) count() int {
 	return len(p.byName)
 }
 
-// open makes interface and WireGuard device; the last addresses of each family's
-// range are for peers, and the first is the agent's.
+// open makes interface and WireGuard device. The first address of each range is
+// the agent's own, and peers have those after it.
 func (p *peers) open(ranges []netip.Prefix) (*peerLink, error) {
 	n := p.node
 	// A number is never used again: what an old interface had shall not find the
