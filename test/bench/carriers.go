@@ -109,7 +109,7 @@ func (b *bench) carriers() error {
 // carrier measures one way for a round.
 func (b *bench) carrier(t *Table, w *way, round int) {
 	cells := []cell{up(b, 1), down(b, 1), roundTrip()}
-	if w.name != direct && w.name != stock && w.name != stockNet {
+	if w.culvert || w.name == webSocket {
 		cells = append(cells, up(b, 8), down(b, 8))
 	}
 	if w.name == best || w.name == webSocket {

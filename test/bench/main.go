@@ -72,7 +72,7 @@ func main() {
 	}
 	only := flag.String("only", "", "parts to measure, comma-separated: "+strings.Join(names, ", ")+" (default: all, and the result is kept)")
 	flag.IntVar(&o.rounds, "rounds", 3, "interleaved rounds; medians are printed")
-	flag.Float64Var(&o.seconds, "seconds", 1.2, "length of one throughput measurement")
+	flag.Float64Var(&o.seconds, "seconds", 1, "length of one throughput measurement")
 	flag.BoolVar(&o.keep, "keep", false, "leave the test cluster up")
 	flag.StringVar(&o.out, "out", "", "directory for the JSON and the plot (default: docs/bench for a whole run, none for a part)")
 	flag.BoolVar(&o.whole, "whole-matrix", false, "measure all 27 links, not only the chosen ones")

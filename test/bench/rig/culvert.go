@@ -105,17 +105,14 @@ func (r *sessionRole) start() (stop func(), err error) {
 func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	conn, err := net.Dial("tcp", r.Agent)
-	if err != nil {
-		return err
-	}
-	stream, welcome, err := carrier.Dial(ctx, nonblock.Wrap(conn), carrier.Hello{
+	hello := carrier.Hello{
 		Protocol: carrier.Protocol, Version: version.Version, Session: "bench", Secret: strings.Repeat("s", 44),
 		PublicKey: key.Public().String(), Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs,
 		MTU: mtu, Features: []string{carrier.FeatureGSO},
-	})
+	}
+	stream, welcome, err := r.stream(ctx, hello)
 	if err != nil {
-		return fmt.Errorf("introducing the session: %w", err)
+		return err
 	}
 	bind.Attach(stream)
 	peer, err := wire.ParseKey(welcome.PublicKey)
@@ -133,4 +130,18 @@ func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key
 		time.Sleep(time.Millisecond)
 	}
 	return nil
+}
+
+// stream opens a TCP connection to the agent and introduces the session on it.
+func (r *sessionRole) stream(ctx context.Context, hello carrier.Hello) (*carrier.Stream, carrier.Welcome, error) {
+	conn, err := net.Dial("tcp", r.Agent)
+	if err != nil {
+		return nil, carrier.Welcome{}, err
+	}
+	stream, welcome, err := carrier.Dial(ctx, nonblock.Wrap(conn), hello)
+	if err != nil {
+		conn.Close()
+		return nil, welcome, fmt.Errorf("introducing the session: %w", err)
+	}
+	return stream, welcome, nil
 }
