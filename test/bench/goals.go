@@ -115,6 +115,7 @@ var aims = []aim{
 	{"memory of the agent, 10,000 idle connections", "≤", 250, "MB", of(memoryTable, idleRow, "agent")},
 	{"carrier cut for 5 s, network back: traffic flows after", "≤", 1, "s", of(reconnectTable, cutRow, best)},
 	{"the same over port-forward", "≤", 1, "s", of(reconnectTable, cutRow, portForward)},
+	{"the same over UDP", "≤", 1, "s", of(reconnectTable, cutRow, udpCarrier)},
 }
 
 // judge measures the goals of the issue against a report.

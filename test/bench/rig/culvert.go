@@ -20,6 +20,7 @@ import (
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
 	"github.com/culvert-dev/culvert/wire/netstack"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // mtu of the tunnels' packets, as in a real session.
@@ -63,8 +64,8 @@ func (r *agentRole) start() (stop func(), err error) {
 	return nil, errors.New("the agent is not ready after 5 s")
 }
 
-// sessionRole is a session's data path: a TUN device, WireGuard and a stream to
-// the agent that is a plain TCP connection.
+// sessionRole is a session's data path: a TUN device, WireGuard and a stream for
+// each lane to the agent, which are plain TCP connections.
 type sessionRole struct {
 	Agent  string // address of its control listener
 	Routes []netip.Prefix
@@ -129,6 +130,11 @@ func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key
 		}
 		time.Sleep(time.Millisecond)
 	}
+	hello.Lane = queue.Bulk
+	if stream, _, err = r.stream(ctx, hello); err != nil {
+		return err
+	}
+	bind.Attach(stream)
 	return nil
 }
 
