@@ -76,6 +76,10 @@ demo-down: ## end what `make demo` left running
 bench: build ## figures beside kubectl, stock wireguard-go and the direct way, in the same run; kept in docs/bench
 	$(GO) run ./test/bench
 
+.PHONY: microbench
+microbench: ## the parts of the data path alone, with allocations, as root
+	$(GO) test -run '^$$' -bench . -benchmem ./tun ./wire/...
+
 .PHONY: clean
 clean: ## what was built
 	rm -rf bin dist test/cluster/bin test/cluster/images
