@@ -15,13 +15,13 @@ const (
 	// look is how often the CPU time is looked at: a transfer that one core cannot
 	// keep up with has the others after one or two looks.
 	look = 100 * time.Millisecond
-	// many is how busy one core is when it is not enough. Where other processes
-	// want that core, too, it never gets there; but then no other is free either.
-	many = 0.8
+	// many is how busy one core is when it is not enough. Half, because a process
+	// that shares the machine with those it works for does not get more of it. A
+	// ping-pong takes 0.4.
+	many = 0.5
 	// few is how busy several are together, in cores, when one may be enough; it
-	// has to last for calm looks. A ping-pong keeps several half as busy again as
-	// it keeps one.
-	few  = 0.6
+	// has to last for calm looks.
+	few  = 0.5
 	calm = 10
 )
 

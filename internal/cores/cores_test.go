@@ -19,12 +19,12 @@ func TestGear(t *testing.T) {
 			t.Fatalf("%d cores after %d looks at %.1f, want %d", g.now, looks, busy, want)
 		}
 	}
-	step(0.7, 100, 1) // not enough to want more
+	step(0.4, 100, 1) // not enough to want more
 	step(0.9, 1, 8)
-	step(0.5, calm-1, 8)
+	step(0.4, calm-1, 8)
 	step(3, 1, 8) // begins anew
-	step(0.5, calm-1, 8)
-	step(0.5, 1, 1)
+	step(0.4, calm-1, 8)
+	step(0.4, 1, 1)
 	step(0.1, 100, 1)
 	step(1, 1, 8) // at once
 }
