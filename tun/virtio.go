@@ -28,7 +28,8 @@ var (
 
 // Prepare fills hdr, HeaderLen bytes, for packet, which came through WireGuard
 // and so is authentic: the kernel need not verify its checksum, and need not
-// have one. TCP longer than the MTU becomes a super-packet. It writes the
+// have one. TCP longer than mtu becomes a super-packet of segments of that length
+// (of packets that were joined: of the length that they had). It writes the
 // pseudo-header's sum into the packet, which is what the kernel expects of an
 // unfinished checksum. A packet that is no plain TCP or UDP goes as it is.
 func Prepare(hdr, packet []byte, mtu int) {

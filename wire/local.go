@@ -311,15 +311,18 @@ func (l *Local) readSplit(bufs [][]byte, sizes, flows []int, offset int, block b
 // Write implements tun.Device for WireGuard: packets from the agent. It may be
 // called by two goroutines at once, while one peer replaces another.
 func (l *Local) Write(bufs [][]byte, offset int) (int, error) {
-	for _, b := range bufs {
-		if r := l.write(b, offset); r != pass {
+	var room [localBatch]tun.Joined
+	for _, j := range tun.Join(room[:0], bufs, offset, l.mtu) {
+		if r := l.write(j.Buf, offset, j.Segment); r != pass {
 			l.drops[r].Add(1)
 		}
 	}
 	return len(bufs), nil
 }
 
-func (l *Local) write(b []byte, offset int) reason {
+// write takes one packet, of TCP segments that are segment bytes long if it is
+// longer.
+func (l *Local) write(b []byte, offset, segment int) reason {
 	packet := b[offset:]
 	p, ok := tun.Parse(packet)
 	if !ok {
@@ -339,7 +342,7 @@ func (l *Local) write(b []byte, offset int) reason {
 	if r != pass {
 		return r
 	}
-	tun.Prepare(b[offset-tun.HeaderLen:offset], packet, l.mtu)
+	tun.Prepare(b[offset-tun.HeaderLen:offset], packet, segment)
 	if _, err := l.tun.Write(b[offset-tun.HeaderLen:]); err != nil {
 		return dropDevice
 	}

@@ -49,3 +49,10 @@ func (c *cutter) next(bufs [][]byte, sizes []int, offset int) int {
 	}
 	return len(bufs)
 }
+
+// joined is one packet for the stack, of several if they fit together.
+type joined = tun.Joined
+
+func join(dst []joined, bufs [][]byte, offset, mtu int) []joined {
+	return tun.Join(dst, bufs, offset, mtu)
+}

@@ -221,7 +221,7 @@ func copyPacket(b []byte, p *stack.PacketBuffer) {
 // Endpoints that face each other cannot block each other's delivery.
 func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
 	e.linkMu.RLock()
-	d := e.dispatcher
+	d, mtu := e.dispatcher, int(e.mtu)
 	e.linkMu.RUnlock()
 	if d == nil {
 		if e.isClosed() {
@@ -231,8 +231,9 @@ func (e *Endpoint) Write(bufs [][]byte, offset int) (int, error) {
 	}
 	e.delivering.Store(int64(time.Since(epoch)))
 	defer e.delivering.Store(0)
-	for _, b := range bufs {
-		b = b[offset:]
+	var room [batchSize]joined
+	for _, j := range join(room[:0], bufs, offset, mtu) {
+		b := j.Buf[offset:]
 		if len(b) == 0 {
 			continue
 		}

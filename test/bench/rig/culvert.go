@@ -65,10 +65,11 @@ func (r *agentRole) start() (stop func(), err error) {
 }
 
 // sessionRole is a session's data path: a TUN device, WireGuard and a stream for
-// each lane to the agent, which are plain TCP connections.
+// each lane to the agent, which are plain TCP connections, or UDP beside them.
 type sessionRole struct {
 	Agent  string // address of its control listener
 	Routes []netip.Prefix
+	UDP    bool // send nothing by the stream
 }
 
 func (r *sessionRole) start() (stop func(), err error) {
@@ -89,13 +90,22 @@ func (r *sessionRole) start() (stop func(), err error) {
 	}
 	go cores.Adapt(context.Background())
 	key := wire.NewPrivateKey()
-	local := wire.NewLocal(wire.LocalConfig{TUN: device, Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs, MTU: mtu})
-	bind := carrier.NewBind(carrier.BindConfig{})
+	var udp *carrier.Datagrams
+	if r.UDP {
+		if udp, err = carrier.ListenDatagrams(false, netip.AddrPort{}); err != nil {
+			return nil, err
+		}
+		udp.Pin()
+		go udp.Run(context.Background(), nil)
+	}
+	local := wire.NewLocal(wire.LocalConfig{TUN: device, Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs, MTU: mtu,
+		Split: func() int { return udp.MaxPacket(mtu) }})
+	bind := carrier.NewBind(carrier.BindConfig{Datagrams: udp})
 	tunnel, err := wire.New(wire.Config{Device: local, PrivateKey: key, Bind: bind})
 	if err != nil {
 		return nil, err
 	}
-	if err := r.dial(tunnel, bind, key); err != nil {
+	if err := r.dial(tunnel, bind, udp, key); err != nil {
 		tunnel.Close()
 		return nil, err
 	}
@@ -103,7 +113,7 @@ func (r *sessionRole) start() (stop func(), err error) {
 }
 
 // dial does what a session does once it has a connection to its agent.
-func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key) error {
+func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, udp *carrier.Datagrams, key wire.Key) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	hello := carrier.Hello{
@@ -111,11 +121,27 @@ func (r *sessionRole) dial(tunnel *wire.Tunnel, bind *carrier.Bind, key wire.Key
 		PublicKey: key.Public().String(), Tunnel: tunnelAddrs, Agent: agentAddrs, Inbound: inboundAddrs,
 		MTU: mtu, Features: []string{carrier.FeatureGSO},
 	}
+	if udp != nil {
+		hello.Features = append(hello.Features, carrier.FeatureUDP)
+	}
 	stream, welcome, err := r.stream(ctx, hello)
 	if err != nil {
 		return err
 	}
 	bind.Attach(stream)
+	if udp != nil {
+		at, err := netip.ParseAddrPort(r.Agent)
+		if err != nil {
+			return err
+		}
+		udp.Probe(welcome.UDPSecret, []netip.AddrPort{netip.AddrPortFrom(at.Addr(), uint16(welcome.UDPPort))})
+		for !udp.State().Up {
+			if ctx.Err() != nil {
+				return errors.New("no answer by UDP")
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
 	peer, err := wire.ParseKey(welcome.PublicKey)
 	if err != nil {
 		return err

@@ -25,6 +25,7 @@ type Plain struct {
 type PlainConfig struct {
 	Testapp  string // the test program's file
 	Profiles string // directory for the CPU profiles of session and agent; empty: none
+	UDP      bool   // packets go by UDP, not by the stream
 }
 
 const cableDevice = "cable0"
@@ -75,7 +76,7 @@ func NewPlain(c PlainConfig) (p *Plain, err error) {
 	if p.Agent, err = p.Pod.start(role{Agent: &agentRole{Control: podAddr.Addr().String() + ":7531"}}, c.Profiles); err != nil {
 		return p, err
 	}
-	session := role{Session: &sessionRole{Agent: podAddr.Addr().String() + ":7531", Routes: []netip.Prefix{targets}}}
+	session := role{Session: &sessionRole{Agent: podAddr.Addr().String() + ":7531", Routes: []netip.Prefix{targets}, UDP: c.UDP}}
 	if p.Session, err = p.Laptop.start(session, c.Profiles); err != nil {
 		return p, err
 	}

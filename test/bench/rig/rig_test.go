@@ -71,6 +71,21 @@ func TestPlain(t *testing.T) {
 	run(t, p.Command(app, "--json", "ping", p.Targets[0].String()+":9000", "0.3"))
 }
 
+func TestPlainUDP(t *testing.T) {
+	app := testapp(t)
+	p, err := NewPlain(PlainConfig{Testapp: app, UDP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	for _, way := range []string{"push", "pull"} {
+		port := map[string]string{"push": ":9002", "pull": ":9003"}[way]
+		if got := run(t, p.Command(app, "--json", way, p.Targets[0].String()+port, "1", "2")); got["mbit_per_s"].(float64) < 50 {
+			t.Error("hardly anything arrived")
+		}
+	}
+}
+
 func TestStock(t *testing.T) {
 	app := testapp(t)
 	p, err := NewPlain(PlainConfig{Testapp: app})
