@@ -37,6 +37,8 @@ culvert connect --exclude-ips 10.96.7.0/24,db.example.com --include-ips 192.168.
 culvert connect --image registry.example.com/team/culvert-agent:v1 --image-pull-secret registry
 # the agent must fit a quota and a certain kind of node
 culvert connect --pod-quota 0.5c,512m --node-selector pool=tools
+# packets straight to the agent's node by UDP, where it is reachable
+culvert connect --udp nodeport
 # connect again whenever this machine starts
 culvert connect --at-boot`),
 		Args: cobra.NoArgs,
