@@ -77,7 +77,10 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	dialCtx, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
 	known := s.recall()
-	stream, welcome, err := carrier.Dial(dialCtx, conn, s.hello(queue.Sparse))
+	hello := s.hello(queue.Sparse)
+	key, renewed := s.keyNow()
+	hello.PublicKey = key.Public().String()
+	stream, welcome, err := carrier.Dial(dialCtx, conn, hello)
 	if err != nil {
 		conn.Close()
 		return agentError(agent, err)
@@ -93,6 +96,9 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		s.redials++
 	}
 	s.stream, s.carrier = stream, a.name
+	if renewed { // from here on the bulk lane is introduced with it
+		s.key, s.staleKey = key, false
+	}
 	s.introduced = introduction{agent: *agent, stream: stream, instance: welcome.Instance,
 		secret: welcome.ProxySecret, port: welcome.ProxyPort}
 	met := s.introduced
@@ -102,6 +108,12 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	tunnel, bind := s.tunnel, s.bind
 	s.mu.Unlock()
 	bind.Attach(stream)
+	if renewed {
+		if err := tunnel.SetKey(key); err != nil {
+			stream.Close()
+			return err
+		}
+	}
 	if err := s.probeUDP(ctx, agent, welcome); err != nil {
 		stream.Close()
 		return err
@@ -218,10 +230,7 @@ func (s *Session) carrierLoop(ctx context.Context) error {
 // client's own connection, which after a cut takes seconds to find that it is
 // dead.
 func (s *Session) reconnect(ctx context.Context, tries int, away time.Duration) error {
-	every := tryEvery
-	if away > hurryFor {
-		every = lastPause
-	}
+	every := pace(away)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if s.knownAgent() == nil {

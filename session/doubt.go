@@ -8,7 +8,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
 )
 
@@ -25,9 +24,6 @@ const (
 
 // errMoved ends a stream whose address is no longer the machine's.
 var errMoved = errors.New("this machine's address has changed")
-
-// errClock ends a stream whose key could not be renewed any more.
-var errClock = errors.New("this machine's clock was set back")
 
 // doubtLoop watches for what breaks carriers without a word, a changed network
 // and a sleep, and has the stream looked at, or redialled, at once.
@@ -59,9 +55,7 @@ func (s *Session) doubtLoop(ctx context.Context) {
 				s.doubtCarrier()
 			case away < -slept:
 				s.log.Info("the machine's clock was set back", "by", -away.Round(time.Second))
-				if err := s.renewKey(); err != nil {
-					s.log.Warn("beginning anew with another key", "err", err)
-				}
+				s.renewKey()
 			}
 		case <-changed:
 			select {
@@ -102,28 +96,6 @@ func (s *Session) doubtCarrier() {
 	case s.hurry <- struct{}{}:
 	default:
 	}
-}
-
-// renewKey introduces the session again with another key, as a new process would.
-// WireGuard's handshakes carry the time of day, and the agent takes none of a key
-// that is not later than the last one (WireGuard, section 5.1): once a clock has
-// been set back the tunnel would end with its keys, after three minutes, until
-// the clock has caught up.
-func (s *Session) renewKey() error {
-	key := wire.NewPrivateKey()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.tunnel == nil {
-		return nil
-	}
-	if err := s.tunnel.SetKey(key); err != nil {
-		return err
-	}
-	s.key = key
-	if s.stream != nil {
-		s.stream.Break(errClock)
-	}
-	return nil
 }
 
 // hasAddr tells whether a socket's address is among a machine's; what cannot be

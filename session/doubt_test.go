@@ -120,3 +120,14 @@ func TestAnswered(t *testing.T) {
 		}
 	}
 }
+
+func TestPace(t *testing.T) {
+	for away, want := range map[time.Duration]time.Duration{
+		0: 300 * time.Millisecond, 4 * time.Minute: 300 * time.Millisecond,
+		10 * time.Minute: time.Second, 2 * time.Hour: 5 * time.Second,
+	} {
+		if got := pace(away); got != want {
+			t.Errorf("after %v: every %v, want %v", away, got, want)
+		}
+	}
+}

@@ -16,9 +16,10 @@ import (
 const (
 	// tryEvery is how often a new attempt begins while others wait: a packet that
 	// was lost in a dead network comes again only seconds later, a new attempt is
-	// through at once. After hurryFor it is lastPause: nobody watches any more.
-	tryEvery = 300 * time.Millisecond
-	hurryFor = 5 * time.Minute
+	// through at once. After hurryFor it is watchEvery, after watchFor lastPause:
+	// nobody watches any more.
+	tryEvery, hurryFor   = 300 * time.Millisecond, 5 * time.Minute
+	watchEvery, watchFor = time.Second, time.Hour
 	// tryTime bounds an attempt, and dialTime the first of a race, for an API
 	// server that is slow and not away. So eight are under way at most.
 	tryTime = 2 * time.Second
@@ -92,6 +93,17 @@ func (s *Session) race(ctx context.Context, every time.Duration) (attempt, error
 			}
 		}
 	}
+}
+
+// pace is how often to try after a time without a carrier.
+func pace(away time.Duration) time.Duration {
+	switch {
+	case away < hurryFor:
+		return tryEvery
+	case away < watchFor:
+		return watchEvery
+	}
+	return lastPause
 }
 
 // try makes one connection. The API server's addresses are excluded before: its

@@ -55,6 +55,7 @@ type Session struct {
 	bind       *carrier.Bind
 	datagrams  *carrier.Datagrams // the UDP way, or nil; set once
 	key        wire.Key
+	staleKey   bool            // the next introduction is with another key
 	stream     *carrier.Stream // the first one, or nil
 	bulk       *carrier.Stream // the bulk lane's, or nil; may have ended
 	carrier    string          // the dialer's name of stream
