@@ -55,6 +55,9 @@ func TestBigCluster(t *testing.T) {
 		sh(t, "getent hosts svc-0.big-0")
 		first := memory(t, s)
 		time.Sleep(10 * time.Second)
+		if r.Took > 3*time.Second {
+			t.Logf("where the time went:\n%s\n%v", r.Stderr, lab.Culvert(netlab.Alice, "logs"))
+		}
 		t.Logf("connect %v; session now %d MB, after 10 s %d MB, at most %d MB; %.1f CPU seconds; %d routes", r.Took.Round(time.Millisecond),
 			first["VmRSS"]>>10, memory(t, s)["VmRSS"]>>10, memory(t, s)["VmHWM"]>>10, cpu(t, s.PID), len(s.Routes))
 		if most := memory(t, s)["VmHWM"]; most > 120<<10 {
