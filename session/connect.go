@@ -26,17 +26,28 @@ func (s *Session) connect(ctx context.Context) error {
 	}
 	spec := s.agentSpec()
 
+	// The ranges are looked for meanwhile: in a big cluster that takes a while.
 	s.status.step("asking the API server")
+	looking, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type found struct {
+		ranges cluster.Ranges
+		err    error
+	}
+	ended := make(chan found, 1)
+	go func() {
+		ranges, err := s.cluster.Ranges(looking)
+		ended <- found{ranges, err}
+	}()
 	if err := s.preflight(ctx, spec); err != nil {
 		return err
 	}
-
 	s.status.step("finding the cluster's ranges")
-	ranges, err := s.cluster.Ranges(ctx)
-	if err != nil {
-		return err
+	f := <-ended
+	if f.err != nil {
+		return f.err
 	}
-	s.network.setRanges(ranges)
+	s.network.setRanges(f.ranges)
 
 	s.status.step("preparing the network")
 	if err := s.network.apply(ctx, false); err != nil {
