@@ -288,7 +288,7 @@ func (c *client) mustTCP(to netip.AddrPort) *gonet.TCPConn {
 	if err != nil {
 		c.t.Fatalf("dialling %s: %v", to, err)
 	}
-	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(2 * time.Minute)) // 20 MB in small packets, with the race detector, on a busy machine
 	c.t.Cleanup(func() { conn.Close() })
 	return conn
 }
