@@ -76,6 +76,9 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	agent, conn := a.agent, a.conn
 	dialCtx, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
+	s.mu.Lock()
+	s.introducing = cancel
+	s.mu.Unlock()
 	known := s.recall()
 	hello := s.hello(queue.Sparse)
 	key, renewed := s.keyNow()

@@ -164,8 +164,13 @@ func (s *Session) knownAgent() *cluster.Agent {
 	return s.agent
 }
 
+// setAgent notes the agent. An introduction to another one is given up: a pod that
+// is on its way out may still take connections, and never answer.
 func (s *Session) setAgent(a *cluster.Agent) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.agent != nil && s.agent.UID != a.UID && s.introducing != nil {
+		s.introducing()
+	}
 	s.agent = a
-	s.mu.Unlock()
 }

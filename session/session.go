@@ -64,6 +64,8 @@ type Session struct {
 	orphaned   bool           // connections may live that the agent does not know
 	agent      *cluster.Agent // as last found, or nil
 
+	introducing context.CancelFunc // ends the last introduction, which may be over
+
 	introduced  introduction // by the last port-forward
 	proxyReason string       // why pods/proxy is not in use; empty: not known yet
 	nodePort    nodePort     // where --udp nodeport leads
