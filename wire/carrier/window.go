@@ -16,10 +16,12 @@ const (
 	// maxWindow bounds what is unacknowledged, whatever was measured: 1 Gbit/s
 	// over 100 ms.
 	maxWindow = 16 << 20
-	// headroom is what the path may hold above its own round trip, as time: the
-	// jitter of two schedulers and of acknowledgements that wait for each other. A
-	// quarter of the round trip comes on top, which is how the window grows.
-	headroom = 10 * time.Millisecond
+	// What the path may hold above its own round trip, as time: at least headroom,
+	// for the jitter of two schedulers and of acknowledgements that wait for each
+	// other, and on a long path a quarter of the round trip, which is how the
+	// window grows, and jitter.
+	headroom = 15 * time.Millisecond
+	jitter   = 5 * time.Millisecond
 	// probeEvery is how often the window is halved for a round trip, if nothing as
 	// fast as the fastest was seen meanwhile: queues run empty, and a path that has
 	// become longer shows. When all is slower than the window explains, it is done
@@ -219,7 +221,9 @@ func (w *window) begin(now time.Time) {
 }
 
 // explained is the round trip that a full window makes; mu is held.
-func (w *window) explained() time.Duration { return w.minRTT*5/4 + headroom }
+func (w *window) explained() time.Duration {
+	return w.minRTT + max(w.minRTT/4+jitter, headroom)
+}
 
 // pathRTT is the shortest round trip, 0 when it is not known.
 func (w *window) pathRTT() time.Duration {
