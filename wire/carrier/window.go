@@ -39,8 +39,10 @@ const (
 	// maxSamples bounds the writes whose acknowledgement is timed, 32 bytes each.
 	// They are spaced by a fraction of the round trip, so that they reach.
 	maxSamples = 256
-	// flatPeriods end the beginning, in which each period should bring more.
+	// flatPeriods end the beginning, in which each period should bring more, and the
+	// window may be beginGain times as large as the rate is worth.
 	flatPeriods = 3
+	beginGain   = 3
 )
 
 // A window says how much may be on its way in one stream: sent and not
@@ -68,9 +70,8 @@ type window struct {
 	periodMin                time.Duration // shortest round trip in it
 	periodAll, periodLimited int           // samples in it
 
-	// flat counts the periods in which the rate has not grown by a quarter; until
-	// there were flatPeriods the window is twice as large, as in BBR's Startup
-	// (section 4.3.1.2), so that it doubles with every round trip.
+	// flat counts the periods in which the rate has not grown by a quarter: after
+	// flatPeriods of them the stream has begun, as in BBR's Startup (section 4.3.1.2).
 	flat int
 
 	probing             bool
@@ -112,6 +113,7 @@ func (w *window) ackAt(total uint64, now time.Time) {
 		w.mu.Unlock()
 		return // old, or a lie
 	}
+	w.begins(int(total - w.acked))
 	w.acked = total
 	var last sample
 	found := false
@@ -162,7 +164,7 @@ func (w *window) learn(s sample, now time.Time) {
 	}
 	size := int(min(max(w.rate*w.explained().Seconds(), minWindow), maxWindow))
 	if w.flat < flatPeriods {
-		size = min(max(2*size, firstWindow), maxWindow)
+		size = max(size, w.size)
 	}
 	if w.probing {
 		size = int(min(max(w.rate*w.minRTT.Seconds(), minWindow), maxWindow)) / 2
@@ -170,6 +172,20 @@ func (w *window) learn(s sample, now time.Time) {
 	if size > w.size || w.rate > 0 && (s.limited || w.probing) {
 		w.size = size // an application that sends little does not make it smaller
 	}
+}
+
+// begins makes the window of a stream that has begun larger by what was
+// acknowledged, so that it doubles with each round trip as the slow start of the
+// TCP below does, which would otherwise end early for want of data; mu is held.
+func (w *window) begins(acked int) {
+	if w.flat >= flatPeriods || !w.limited {
+		return
+	}
+	most := 4 * firstWindow
+	if w.rate > 0 {
+		most = int(beginGain * w.rate * w.explained().Seconds())
+	}
+	w.size = max(w.size, min(w.size+acked, most, maxWindow))
 }
 
 // conclude takes the delivery rate of the period that ends, and decides whether
