@@ -62,18 +62,16 @@ func (g *gated) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 			g.b.out.unit = shortUnit
 		}
 		k := g.b.out.wait(g.done) // 0 when closed: then the device's Read says so
-		if k = min(max(k, 1), len(g.lanes)); k < len(bufs) {
-			bufs, sizes = bufs[:k], sizes[:k]
-		}
+		k = min(max(k, 1), len(g.lanes), len(bufs))
 		if g.source == nil {
-			n, err := g.Device.Read(bufs, sizes, offset)
+			n, err := g.Device.Read(bufs[:k], sizes[:k], offset)
 			if n > 0 {
 				g.b.out.enter(bufs, sizes, nil, n)
 			}
 			return n, err
 		}
 		g.n, g.bytes = 0, 0
-		n, err := g.source.Pull(bufs, sizes, offset, g)
+		n, err := g.source.Pull(bufs[:k], sizes[:k], offset, g)
 		if n == 0 && err == nil {
 			continue
 		}
