@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.zx2c4.com/wireguard/tun"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -134,7 +135,7 @@ func newNode(hello carrier.Hello) (*node, error) {
 			}
 		}()
 	}
-	if n.tunnel, err = wire.New(wire.Config{Device: &device{Endpoint: n.ep, victims: hello.Tunnel}, PrivateKey: n.key, Bind: n.bind, Passive: true, Log: slog.Default()}); err != nil {
+	if n.tunnel, err = wire.New(wire.Config{Device: &device{Device: n.ep, victims: hello.Tunnel}, PrivateKey: n.key, Bind: n.bind, Passive: true, Log: slog.Default()}); err != nil {
 		return nil, err
 	}
 	peer, err := wire.ParseKey(hello.PublicKey)
@@ -146,7 +147,7 @@ func newNode(hello carrier.Hello) (*node, error) {
 
 // device adds forged packets to each batch that leaves.
 type device struct {
-	*netstack.Endpoint
+	tun.Device // the endpoint, without its queue's own way to be read
 	victims []netip.Addr
 	count   atomic.Int64
 }
@@ -156,7 +157,7 @@ func (d *device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	first := int(d.count.Load()) % len(all)
 	forged := all[first:min(first+4, len(all))] // a few at a time: WireGuard asks for few
 	room := len(bufs) - len(forged)
-	n, err := d.Endpoint.Read(bufs[:room], sizes[:room], offset)
+	n, err := d.Device.Read(bufs[:room], sizes[:room], offset)
 	if err != nil {
 		return n, err
 	}
