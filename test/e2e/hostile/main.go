@@ -148,8 +148,8 @@ func newNode(hello carrier.Hello) (*node, error) {
 // device adds forged packets to each batch that leaves.
 type device struct {
 	tun.Device // the endpoint, without its queue's own way to be read
-	victims []netip.Addr
-	count   atomic.Int64
+	victims    []netip.Addr
+	count      atomic.Int64
 }
 
 func (d *device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
