@@ -198,6 +198,9 @@ func TestNodeLost(t *testing.T) {
 		if r := lab.Cluster("up"); r.Code != 0 {
 			t.Errorf("mending the node: %v", r)
 		}
+		if _, err := lab.LoadImage(); err != nil { // the new node has none
+			t.Errorf("mending the node: %v", err)
+		}
 	})
 	begun := time.Now()
 	root(t, "kill -KILL "+pid)
