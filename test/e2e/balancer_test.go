@@ -115,17 +115,17 @@ func (b *balancer) pass(down, up *net.TCPConn) {
 	up.Close()
 }
 
-// TestIdleBalancer: what cuts connections after 60 s without a byte (here 12 s)
+// TestIdleBalancer: what cuts connections after 60 s without a byte (here 8 s)
 // never finds one of ours.
 func TestIdleBalancer(t *testing.T) {
 	for _, pinned := range []string{"port-forward", "pods-proxy"} {
 		t.Run(pinned, func(t *testing.T) {
-			b := &balancer{idle: 12 * time.Second}
+			b := &balancer{idle: 8 * time.Second}
 			connectWith(t, b.behind(t), "--carrier", pinned)
 			alive := longLived(t)
 			time.Sleep(time.Second)
 			before, cuts, opened := waitState(t, netlab.Alice, api.Connected, 5*time.Second), b.cuts.Load(), b.opened.Load()
-			time.Sleep(40 * time.Second)
+			time.Sleep(20 * time.Second)
 			alive(time.Second)
 			if now := status(t, netlab.Alice)[0]; now.Carrier.Redials != before.Carrier.Redials || b.cuts.Load() != cuts || b.opened.Load() != opened {
 				t.Errorf("%d redials, %d connections cut, %d opened", now.Carrier.Redials-before.Carrier.Redials, b.cuts.Load()-cuts, b.opened.Load()-opened)
@@ -141,7 +141,7 @@ func TestShortLives(t *testing.T) {
 	connectWith(t, b.behind(t), "--debug")
 	c := dial(t, "tcp", net.JoinHostPort(podIPs(t)[0], "9000"))
 	var gaps []time.Duration
-	for end := time.Now().Add(65 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(35 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		begun := time.Now()
 		if err := tryEcho(c, []byte("still here"), 10*time.Second); err != nil {
 			t.Fatalf("the open connection: %v\nlogs: %v", err, lab.Culvert(netlab.Alice, "logs"))
