@@ -106,7 +106,6 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		secret: welcome.ProxySecret, port: welcome.ProxyPort}
 	met := s.introduced
 	newPeer := s.peer != welcome.PublicKey
-	s.peer = welcome.PublicKey
 	s.whole.Store(slices.Contains(welcome.Features, carrier.FeatureGSO))
 	tunnel, bind := s.tunnel, s.bind
 	s.mu.Unlock()
@@ -128,6 +127,9 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 		}); err != nil {
 			return fmt.Errorf("giving WireGuard its peer: %w", err)
 		}
+		s.mu.Lock()
+		s.peer = welcome.PublicKey // not before: an attempt that ends above is repeated
+		s.mu.Unlock()
 	}
 	if known.Instance != "" && known.Instance != welcome.Instance {
 		s.log.Info("another agent answers; connections through the old one end", "pod", agent.Pod)
