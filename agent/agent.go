@@ -20,8 +20,9 @@
 //     64 KiB are in use (4 MiB).
 //   - echo requests: 256 at once, 64 KiB each at most (16 MiB). DNS: 512 queries
 //     at once, 64 KiB each at most, and 64 TCP connections.
-//   - the queue to WireGuard: 1 MiB, 2 with control packets. What is inside
-//     WireGuard is bounded by carrier.Bind.
+//   - the queue to WireGuard: 8 MiB (netstack.DefaultQueueBytes). What is inside
+//     WireGuard is bounded by carrier.Bind, and so is what the bulk lane's stream
+//     has not written yet.
 //   - standard peers (peer.Max, 8): 24 MiB of WireGuard's own buffers while there is
 //     one, the queue to it as above, inside it 16 MiB inwards from all of them and
 //     8 MiB outwards for each that takes them slowly: see wire.Hub.

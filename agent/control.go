@@ -14,6 +14,7 @@ import (
 	"github.com/culvert-dev/culvert/internal/version"
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 const (
@@ -138,6 +139,9 @@ func (a *Agent) admit(h carrier.Hello) (*node, error) {
 		return nil, fmt.Errorf("session %s came back without the feature %q, which its open connections use", o.session, carrier.FeatureGSO)
 	}
 	if h.PublicKey != o.hello.PublicKey {
+		if h.Lane != queue.Sparse { // it crossed the first stream of the process, or key, that took over
+			return nil, fmt.Errorf("session %s has another key by now", o.session)
+		}
 		if err := o.node.setPeer(peer); err != nil {
 			return nil, err
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
 	"github.com/culvert-dev/culvert/wire/netstack"
+	"github.com/culvert-dev/culvert/wire/queue"
 )
 
 // refusal introduces h and returns why the agent refused it.
@@ -46,11 +47,14 @@ func TestOnlyOneSession(t *testing.T) {
 		change func(*carrier.Hello)
 		want   string
 	}{
-		"another session":  {func(h *carrier.Hello) { h.Session = "s2" }, "another session"},
-		"another secret":   {func(h *carrier.Hello) { h.Secret = strings.Repeat("x", 44) }, "another secret"},
-		"another address":  {func(h *carrier.Hello) { h.Tunnel = []netip.Addr{netip.MustParseAddr("198.18.9.9")} }, "other tunnel addresses"},
-		"no gso":           {func(h *carrier.Hello) { h.Features = nil }, "without the feature"},
-		"a bad key":        {func(h *carrier.Hello) { h.PublicKey = "x" }, "key"},
+		"another session": {func(h *carrier.Hello) { h.Session = "s2" }, "another session"},
+		"another secret":  {func(h *carrier.Hello) { h.Secret = strings.Repeat("x", 44) }, "another secret"},
+		"another address": {func(h *carrier.Hello) { h.Tunnel = []netip.Addr{netip.MustParseAddr("198.18.9.9")} }, "other tunnel addresses"},
+		"no gso":          {func(h *carrier.Hello) { h.Features = nil }, "without the feature"},
+		"a bad key":       {func(h *carrier.Hello) { h.PublicKey = "x" }, "key"},
+		"bulk, another key": {func(h *carrier.Hello) {
+			h.Lane, h.PublicKey = queue.Bulk, wire.NewPrivateKey().Public().String()
+		}, "another key by now"},
 		"another protocol": {func(h *carrier.Hello) { h.Protocol = 99 }, "protocol"},
 	} {
 		t.Run(name, func(t *testing.T) {
