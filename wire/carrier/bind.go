@@ -140,6 +140,10 @@ func NewBind(cfg BindConfig) *Bind {
 
 // Attach makes s the stream in use in its lane and ends the one before it. The
 // Bind owns s: it ends it when it closes. A Bind that was shut down ends s at once.
+//
+// A sparse lane's stream that replaces one which nobody here knows to be dead ends
+// the bulk lane's too: the other end has lost the first one without a word, as by
+// another address, and most likely both. Bulk would go into the void for deadAfter.
 func (b *Bind) Attach(s *Stream) {
 	for _, old := range b.replace(s, false) {
 		old.end(ErrReplaced, ErrReplaced.Error())
@@ -178,6 +182,12 @@ func (b *Bind) replace(s *Stream, drain bool) (gone []*Stream) {
 		gone = append(gone, l.cur)
 		if drain {
 			l.old = l.cur
+		} else if bulk := &b.lanes[queue.Bulk]; s.lane == queue.Sparse && l.cur.Err() == nil && bulk.cur != nil {
+			gone = append(gone, bulk.cur)
+			if bulk.old != nil {
+				gone = append(gone, bulk.old)
+			}
+			bulk.cur, bulk.old = nil, nil
 		}
 	}
 	if other := b.lanes[1-s.lane].cur; s.lane == queue.Bulk && (l.cur == nil || l.cur.Err() != nil) && other != nil {
@@ -187,6 +197,10 @@ func (b *Bind) replace(s *Stream, drain bool) (gone []*Stream) {
 	}
 	l.cur = s
 	s.window.notify(b.roomier)
+	go func() { // what its window holds back goes by another stream, or waits for one
+		<-s.Done()
+		b.roomier()
+	}()
 	close(b.changed)
 	b.changed = make(chan struct{})
 	b.streams.Add(1)
@@ -230,7 +244,7 @@ func (b *Bind) room(l queue.Lane, batch int) bool {
 	b.mu.Unlock()
 	if !shared && time.Now().Before(after) {
 		b.refused.Store(true)
-		return false
+		return !time.Now().Before(after) // as below
 	}
 	if s == nil {
 		return true // the gate bounds what waits for a stream
@@ -441,24 +455,27 @@ func (b *Bind) Send(msgs [][]byte, ep conn.Endpoint) error {
 		b.out.busy.Add(-1)
 		b.out.leave(all)
 	}()
+	var risen <-chan struct{}
 	if b.udp != nil {
-		rest, copies := b.udp.send(msgs)
-		if len(rest) == 0 || copies && b.Stream() == nil {
+		risen = *b.udp.risen.Load() // before the way is looked at
+		rest, carried := b.udp.send(msgs)
+		if len(rest) == 0 || carried && b.Stream() == nil {
 			return nil // who waited for a stream would keep UDP waiting
 		}
 		msgs = rest
 	}
-	return b.sendByStreams(msgs)
+	return b.sendByStreams(msgs, risen)
 }
 
-// sendByStreams sends each message by its lane.
-func (b *Bind) sendByStreams(msgs [][]byte) error {
+// sendByStreams sends each message by its lane, or by UDP where there is no stream
+// and risen is closed meanwhile.
+func (b *Bind) sendByStreams(msgs [][]byte, risen <-chan struct{}) error {
 	var lanes [queue.Lanes][conn.IdealBatchSize][]byte
 	var n [queue.Lanes]int
 	for _, m := range msgs {
 		l := b.out.laneOf(m)
 		if n[l] == len(lanes[l]) {
-			if err := b.sendOn(l, lanes[l][:n[l]]); err != nil {
+			if err := b.sendOn(l, lanes[l][:n[l]], risen); err != nil {
 				return err
 			}
 			n[l] = 0
@@ -468,7 +485,7 @@ func (b *Bind) sendByStreams(msgs [][]byte) error {
 	}
 	for l := range queue.Lanes {
 		if n[l] > 0 {
-			if err := b.sendOn(l, lanes[l][:n[l]]); err != nil {
+			if err := b.sendOn(l, lanes[l][:n[l]], risen); err != nil {
 				return err
 			}
 		}
@@ -476,7 +493,7 @@ func (b *Bind) sendByStreams(msgs [][]byte) error {
 	return nil
 }
 
-func (b *Bind) sendOn(l queue.Lane, msgs [][]byte) error {
+func (b *Bind) sendOn(l queue.Lane, msgs [][]byte, risen <-chan struct{}) error {
 	s, changed, closed := b.live(l)
 	if closed == nil {
 		return net.ErrClosed
@@ -488,6 +505,11 @@ func (b *Bind) sendOn(l queue.Lane, msgs [][]byte) error {
 			select {
 			case <-changed:
 				s, changed, _ = b.live(l)
+			case <-risen:
+				if rest, carried := b.udp.send(msgs); !carried {
+					b.dropped.Add(uint64(len(rest)))
+				}
+				return nil
 			case <-closed:
 				return net.ErrClosed
 			case <-limit.C:

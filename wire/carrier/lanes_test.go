@@ -363,3 +363,59 @@ func TestWindowNeverSticks(t *testing.T) {
 		}
 	}
 }
+
+// TestLanesLostSilently: a first stream that replaces a silent one takes the bulk
+// lane away from a stream that is as dead; one that replaces an ended one does not.
+func TestLanesLostSilently(t *testing.T) {
+	b := NewBind(BindConfig{})
+	defer b.Shutdown()
+	attach := func(l queue.Lane) (theirs *Stream) {
+		theirs, ours := lanePair(t, l)
+		b.Attach(ours)
+		return theirs
+	}
+	attach(queue.Sparse)
+	attach(queue.Bulk)
+	bulk := b.path(queue.Bulk)
+	attach(queue.Sparse)
+	if b.path(queue.Bulk) != b.path(queue.Sparse) || bulk.Err() == nil {
+		t.Error("bulk goes on in a stream that the other end has given up")
+	}
+	attach(queue.Bulk)
+	bulk = b.path(queue.Bulk)
+	b.Stream().Close()
+	attach(queue.Sparse)
+	if b.path(queue.Bulk) != bulk || bulk.Err() != nil {
+		t.Error("a bulk stream ended that works")
+	}
+}
+
+// TestBulkStreamEnds: what the window of a stream that ends held back goes on at
+// once by the other one.
+func TestBulkStreamEnds(t *testing.T) {
+	b := NewBind(BindConfig{})
+	defer b.Shutdown()
+	if _, _, err := b.Open(0); err != nil {
+		t.Fatal(err)
+	}
+	_, sparse := lanePair(t, queue.Sparse)
+	_, bulk := lanePair(t, queue.Bulk) // nobody reads it, so nothing is acknowledged
+	b.Attach(sparse)
+	b.Attach(bulk)
+	src := newSource(1000)
+	wireguard(t, b, src)
+	time.Sleep(100 * time.Millisecond) // bulk may be used
+	src.add(queue.Bulk, 2*firstWindow/1000)
+	eventually(t, "a full window", func() bool { return b.refused.Load() })
+	time.Sleep(50 * time.Millisecond)
+	left := src.waiting(queue.Bulk)
+	if left == 0 {
+		t.Fatal("the window held nothing back")
+	}
+	bulk.Close()
+	begun := time.Now()
+	eventually(t, "going on", func() bool { return src.waiting(queue.Bulk) < left })
+	if took := time.Since(begun); took > outStall/2 {
+		t.Errorf("it took %v", took)
+	}
+}

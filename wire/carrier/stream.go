@@ -149,12 +149,12 @@ func (s *Stream) start() {
 	s.nudge = time.AfterFunc(time.Hour, s.follow)
 	s.nudge.Stop()
 	s.late.Stop()
+	s.aside = s.lane == queue.Bulk
 	s.wg.Add(3)
 	go s.watch()
 	go s.answer()
 	go s.tell()
-	if s.lane == queue.Bulk {
-		s.aside = true
+	if s.aside {
 		s.wg.Add(1)
 		go s.push()
 	}

@@ -38,6 +38,7 @@ type Datagrams struct {
 
 	// What the sender reads for each batch.
 	way    atomic.Uint32
+	risen  atomic.Pointer[chan struct{}] // closed when UDP begins to be used
 	size   atomic.Int32
 	peer   atomic.Pointer[netip.AddrPort]
 	pinned atomic.Bool
@@ -79,6 +80,8 @@ func ListenDatagrams(agent bool, addr netip.AddrPort) (*Datagrams, error) {
 	d := &Datagrams{sock: sock, own: fromSession, other: fromAgent, kick: make(chan struct{}, 1), epoch: time.Now().Add(-time.Hour)}
 	d.prober = &prober{}
 	d.trust = d.prober
+	risen := make(chan struct{})
+	d.risen.Store(&risen)
 	if agent {
 		d.own, d.other = fromAgent, fromSession
 		d.prober, d.trust = nil, &answerer{}
@@ -239,7 +242,10 @@ func (d *Datagrams) decide(now time.Time) {
 		d.peer.Store(&to)
 	}
 	d.size.Store(int32(size))
-	d.way.Store(uint32(w))
+	if was := way(d.way.Swap(uint32(w))); was == byStream && w != byStream {
+		next := make(chan struct{})
+		close(*d.risen.Swap(&next))
+	}
 }
 
 // post sends probes; mu is held. One that the machine does not send is one that
@@ -272,8 +278,8 @@ func (d *Datagrams) probed(from netip.AddrPort, b []byte) {
 }
 
 // send sends what UDP is trusted with, and returns what the stream has to carry;
-// copies tells that UDP has carried all of it too.
-func (d *Datagrams) send(msgs [][]byte) (rest [][]byte, copies bool) {
+// carried tells that those were copies, or too long for UDP.
+func (d *Datagrams) send(msgs [][]byte) (rest [][]byte, carried bool) {
 	w := way(d.way.Load())
 	if w == byStream {
 		if d.pinned.Load() {
@@ -324,7 +330,7 @@ func (d *Datagrams) send(msgs [][]byte) (rest [][]byte, copies bool) {
 		d.doubtSoon()
 		return msgs, false
 	}
-	return rest, fit
+	return rest, true
 }
 
 // inquire notes that messages flow, and asks when nothing comes back.

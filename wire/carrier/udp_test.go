@@ -397,6 +397,35 @@ func TestDatagramsNoStream(t *testing.T) {
 	eventually(t, "messages by UDP", func() bool { return up.all(100, 10) })
 }
 
+// TestDatagramsRise: what waits for a stream goes by UDP as soon as that works.
+func TestDatagramsRise(t *testing.T) {
+	w := newWires(t)
+	w.session.hold = time.Minute
+	up := collect(t, w.fromSession)
+	collect(t, w.fromAgent)
+	w.session.Stream().Close()
+	sent := make(chan error, 1)
+	go func() { sent <- w.session.Send(batch(100, 10), &w.session.ep) }()
+	eventually(t, "waiting", func() bool { return w.session.out.busy.Load() == 1 })
+	w.dSession.Probe(w.secret, []netip.AddrPort{w.relay.addr()})
+	select {
+	case err := <-sent:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("Send waits for a stream while UDP works")
+	}
+	eventually(t, "messages by UDP", func() bool { return up.all(100, 10) })
+	if n := w.session.Stats().Dropped; n != 0 {
+		t.Errorf("%d dropped", n)
+	}
+	begun := time.Now() // what was read before UDP came up, and is too long for it
+	if err := w.session.Send([][]byte{message(200, 30000)}, &w.session.ep); err != nil || time.Since(begun) > sendWait/2 {
+		t.Errorf("Send of a long message: %v after %v", err, time.Since(begun))
+	}
+}
+
 // TestDatagramsReopen: WireGuard closes its Bind and opens it again.
 func TestDatagramsReopen(t *testing.T) {
 	w := newWires(t)
