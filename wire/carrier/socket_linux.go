@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -39,6 +40,7 @@ type socket struct {
 	gso     [3]uint64 // struct cmsghdr and 16 bits
 	werr    unix.Errno
 	write   func(fd uintptr) bool
+	stalled bool // the socket was full, and has a deadline
 
 	// Of the one goroutine that receives.
 	buf    []byte // one datagram, or many of the same length
@@ -162,6 +164,10 @@ func (s *socket) send(to netip.AddrPort, msgs [][]byte) (int, error) {
 			s.out.SetControllen(unix.CmsgSpace(2))
 		}
 		err := s.rc.Write(s.write)
+		if s.stalled {
+			s.stalled = false
+			_ = s.c.SetWriteDeadline(time.Time{})
+		}
 		if err == nil && s.werr != 0 {
 			err = os.NewSyscallError("sendmsg", s.werr)
 		}
@@ -180,9 +186,23 @@ func (s *socket) send(to netip.AddrPort, msgs [][]byte) (int, error) {
 func (s *socket) sendmsg(fd uintptr) bool {
 	for {
 		_, _, s.werr = unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&s.out)), 0)
-		if s.werr != unix.EINTR {
-			return s.werr != unix.EAGAIN
+		switch s.werr {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			s.stall()
+			return false
+		default:
+			return true
 		}
+	}
+}
+
+// stall bounds the wait of a send that finds the socket full: a device that
+// takes nothing must not keep everything from the stream.
+func (s *socket) stall() {
+	if !s.stalled {
+		s.stalled = true
+		_ = s.c.SetWriteDeadline(time.Now().Add(silentAfter))
 	}
 }
 
