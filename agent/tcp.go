@@ -120,6 +120,10 @@ func (f *tcpForwarder) clientLeft(id stack.TransportEndpointID) {
 func (f *tcpForwarder) dialed(id stack.TransportEndpointID) header.TCP {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.dialedLocked(id)
+}
+
+func (f *tcpForwarder) dialedLocked(id stack.TransportEndpointID) header.TCP {
 	d := f.dialing[id]
 	d.cancel()
 	delete(f.dialing, id)
@@ -154,19 +158,20 @@ func (f *tcpForwarder) accept(r *tcp.ForwarderRequest) {
 	wq := new(waiter.Queue)
 	ep, terr := r.CreateEndpoint(wq)
 	r.Complete(false)
-	f.dialed(id)
 	if terr != nil {
+		f.dialed(id)
 		// The client went away before the handshake's end, as far as one can know.
 		reset(backend)
 		return
 	}
 	netstack.KeepAlive(ep)
-	f.start(newRelay(f, ep, wq, backend))
+	f.start(id, newRelay(f, ep, wq, backend))
 }
 
-// start runs r unless the forwarder is closed.
-func (f *tcpForwarder) start(r *relay) {
+// start runs r, which was dialled as id, unless the forwarder is closed.
+func (f *tcpForwarder) start(id stack.TransportEndpointID, r *relay) {
 	f.mu.Lock()
+	f.dialedLocked(id) // not before: it would count as neither
 	closed := f.closed
 	if !closed {
 		f.relays[r] = struct{}{}
