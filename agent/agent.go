@@ -127,6 +127,7 @@ type timing struct {
 	proof    time.Duration // for a stream of pods/proxy to prove itself
 	sweep    time.Duration // between two looks for idle UDP flows
 	governor time.Duration // between two looks at the heap
+	lull     time.Duration // without bytes, once or twice, before a TCP connection gives its stacks back
 }
 
 func defaultTiming() timing {
@@ -140,6 +141,7 @@ func defaultTiming() timing {
 		proof:    5 * time.Second,
 		sweep:    2 * time.Second,
 		governor: 100 * time.Millisecond,
+		lull:     100 * time.Millisecond,
 	}
 }
 

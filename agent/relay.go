@@ -23,6 +23,11 @@ import (
 // socket where it lies; down, the socket is read into the packets that the
 // stack sends. So an idle or a stuck connection holds no memory but its queues,
 // and each byte is copied once less.
+//
+// Nor does an idle one hold the stacks that moving bytes takes, 8 to 16 KB in
+// each direction: when nothing has come for a while up's goroutine ends until
+// the stack calls, and down's makes room for a new one, with a stack of 2 KB. A
+// connection in use keeps both: growing a stack for each packet takes time.
 type relay struct {
 	forwarder *tcpForwarder
 	ep        tcpip.Endpoint
@@ -30,6 +35,12 @@ type relay struct {
 	backend   *net.TCPConn
 	resetOnce sync.Once
 	running   atomic.Int32 // directions
+	event     waiter.Entry // calls wake, until up has ended
+
+	mu   sync.Mutex
+	more chan struct{} // tells up's goroutine to look again; nil while up sleeps
+	calm bool          // the stack has not called since the last tick
+	tick *time.Timer   // nil while up has no goroutine
 }
 
 // downChunk is read from a socket at once: it makes one super-packet with room
@@ -40,17 +51,29 @@ func newRelay(f *tcpForwarder, ep tcpip.Endpoint, wq *waiter.Queue, backend *net
 	return &relay{forwarder: f, ep: ep, wq: wq, backend: backend}
 }
 
-// start runs the two directions. They have goroutines of their own, and not the
-// one that dialled, whose stack has grown.
+// start runs the two directions, not in the goroutine that dialled, whose stack
+// has grown.
 func (r *relay) start() {
+	const events = waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr
 	r.running.Store(2)
-	go r.direction(r.up)
+	r.event = waiter.NewFunctionEntry(events, r.wake)
+	r.wq.EventRegister(&r.event)
+	if before := r.ep.Readiness(events); before != 0 {
+		r.wake(before)
+	}
 	go r.direction(r.down)
 }
 
+// errAsleep: a goroutine ends, and its direction does not.
+var errAsleep = errors.New("asleep")
+
 // direction runs one of the two; the last to end closes both sides.
 func (r *relay) direction(run func() error) {
-	if err := run(); err != nil {
+	err := run()
+	if err == errAsleep {
+		return
+	}
+	if err != nil {
 		r.reset()
 	}
 	if r.running.Add(-1) == 0 {
@@ -71,23 +94,81 @@ func (r *relay) reset() {
 
 var errClientReset = errors.New("the client reset the connection")
 
-// watch wakes a direction that waits for the backend when the client has reset
-// the connection. It is called by the stack, with locks held: no waiting here.
-func (r *relay) watch(waiter.EventMask) {
-	if tcp.EndpointState(r.ep.State()) == tcp.StateError {
-		_ = r.backend.SetDeadline(time.Unix(1, 0)) // fails when it is closed, and then nobody waits
+// wake has up look at what the stack has. It is called by the stack, with locks
+// held: no waiting here.
+func (r *relay) wake(events waiter.EventMask) {
+	if events&(waiter.EventHUp|waiter.EventErr) != 0 && tcp.EndpointState(r.ep.State()) == tcp.StateError {
+		// The client has reset the connection, and up may wait for the backend.
+		_ = r.backend.SetWriteDeadline(time.Unix(1, 0)) // fails when it is closed, and then nobody waits
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calm = false
+	if r.more != nil {
+		r.look()
+		return
+	}
+	r.more = make(chan struct{}, 1)
+	r.tick = time.AfterFunc(r.forwarder.node.agent.times.lull, r.ticked)
+	go r.direction(r.up)
+}
+
+// look has up's goroutine look again. r.mu is held.
+func (r *relay) look() {
+	select {
+	case r.more <- struct{}{}:
+	default:
 	}
 }
 
-// up moves bytes from the client to the backend until the client's FIN.
-func (r *relay) up() error {
-	readable, notify := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
-	r.wq.EventRegister(&readable)
-	defer r.wq.EventUnregister(&readable)
-	hangup := waiter.NewFunctionEntry(waiter.EventHUp|waiter.EventErr, r.watch)
-	r.wq.EventRegister(&hangup)
-	defer r.wq.EventUnregister(&hangup)
+// ticked has up's goroutine find that it may sleep. A timer of its own, since to
+// wait with a time-out costs two changes of Go's timers for each packet.
+func (r *relay) ticked() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.tick == nil {
+		return
+	}
+	if r.calm {
+		r.look()
+	}
+	r.calm = true
+	r.tick.Reset(r.forwarder.node.agent.times.lull)
+}
 
+// sleep tells up's goroutine that it may end: not when the stack has called of
+// late, nor since it looked.
+func (r *relay) sleep() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.calm || len(r.more) > 0 {
+		return false
+	}
+	r.more = nil
+	r.stopTick()
+	return true
+}
+
+// stopTick ends the ticks. r.mu is held.
+func (r *relay) stopTick() {
+	r.tick.Stop()
+	r.tick = nil
+}
+
+// up moves bytes from the client to the backend until the client's FIN, or until
+// none have come for a while.
+func (r *relay) up() (err error) {
+	defer func() {
+		if err != errAsleep {
+			r.wq.EventUnregister(&r.event)
+			r.mu.Lock()
+			r.stopTick() // and more stays: nothing wakes up again
+			r.mu.Unlock()
+		}
+	}()
+	r.mu.Lock()
+	more := r.more
+	r.mu.Unlock()
 	raw, err := r.backend.SyscallConn()
 	if err != nil {
 		return err
@@ -115,7 +196,10 @@ func (r *relay) up() error {
 		switch terr.(type) {
 		case nil: // nothing moved: the next call says why
 		case *tcpip.ErrWouldBlock:
-			<-notify
+			if r.sleep() {
+				return errAsleep
+			}
+			<-more
 		case *tcpip.ErrClosedForReceive:
 			if tcp.EndpointState(r.ep.State()) == tcp.StateError {
 				return errClientReset
@@ -149,7 +233,8 @@ func (w *socketWriter) Write(b []byte) (int, error) {
 	return done, nil
 }
 
-// down moves bytes from the backend to the client until the backend's FIN.
+// down moves bytes from the backend to the client until the backend's FIN, or
+// until none have come for a while.
 func (r *relay) down() error {
 	writable, notify := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
 	r.wq.EventRegister(&writable)
@@ -178,8 +263,21 @@ func (r *relay) down() error {
 		return true
 	}
 	total := r.forwarder.node.agent.metrics.tcpDown
+	// The read deadline is the end of a lull, once something has come.
+	lull := r.forwarder.node.agent.times.lull
+	var used, idle bool
 	for {
-		if err := raw.Read(step); err != nil {
+		switch err := raw.Read(step); {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if idle {
+				_ = r.backend.SetReadDeadline(time.Time{})
+				go r.direction(r.down)
+				return errAsleep
+			}
+			idle = true
+			_ = r.backend.SetReadDeadline(time.Now().Add(lull))
+			continue
+		case err != nil:
 			return err
 		}
 		switch {
@@ -192,6 +290,11 @@ func (r *relay) down() error {
 			return os.NewSyscallError("read", sockErr)
 		}
 		total.Add(float64(n))
+		idle = false
+		if !used {
+			used = true
+			_ = r.backend.SetReadDeadline(time.Now().Add(lull))
+		}
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -303,6 +304,55 @@ func checkEcho(t *testing.T, conn *gonet.TCPConn) {
 	got := make([]byte, len(sent))
 	if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, sent) {
 		t.Fatalf("echo: %v", err)
+	}
+}
+
+// TestIdleTCPSleeps: a connection that is idle has one goroutine, and moves bytes
+// whenever they come, also in the moment when it falls asleep.
+func TestIdleTCPSleeps(t *testing.T) {
+	const lull = 2 * time.Millisecond
+	a := startAgent(t, Config{}, func(x *timing) { x.lull = lull })
+	c := connect(t, a, true)
+	addr := serve(t, target, echoTCP)
+	const n = 20
+	var wg sync.WaitGroup
+	for range n {
+		conn := c.mustTCP(addr)
+		wg.Go(func() {
+			one := make([]byte, 1)
+			for range 200 {
+				time.Sleep(mathrand.N(3 * lull))
+				_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+				_, _ = conn.Write(one)
+				if _, err := io.ReadFull(conn, one); err != nil {
+					t.Errorf("echo after a while: %v", err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	running := func(what string) int {
+		b := make([]byte, 4<<20)
+		return bytes.Count(b[:runtime.Stack(b, true)], []byte("agent.(*relay)."+what+"(0x"))
+	}
+	eventually(t, "all are asleep", func() bool { return running("up") == 0 && running("down") == n })
+}
+
+// TestSleepLosesNoCall of the stack, however it falls between the ticks.
+func TestSleepLosesNoCall(t *testing.T) {
+	r := &relay{more: make(chan struct{}, 1), calm: true, tick: time.NewTimer(time.Hour)}
+	r.wake(0)
+	if r.sleep() {
+		t.Error("up sleeps when the stack has called of late")
+	}
+	r.calm = true // by a tick, before up has looked
+	if r.sleep() {
+		t.Error("up sleeps before it has looked")
+	}
+	<-r.more
+	if !r.sleep() {
+		t.Error("up does not sleep")
 	}
 }
 
