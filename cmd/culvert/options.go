@@ -117,6 +117,9 @@ func (a *app) options(o *optionFlags) (api.Options, error) {
 	if opts.UDP, err = oneOf("--udp", o.udp, udpModes); err != nil {
 		return opts, err
 	}
+	if stream := opts.Carrier == api.CarrierPortForward || opts.Carrier == api.CarrierPodsProxy; stream && opts.UDP == api.UDPNodePort {
+		return opts, usageErrorf("leave one of them out", "--carrier %s and --udp nodeport contradict each other", opts.Carrier)
+	}
 	if opts.UDP == api.UDPOff && opts.Carrier == api.CarrierUDP {
 		return opts, usageErrorf("leave one of them out", "--carrier udp and --udp off contradict each other")
 	}

@@ -14,8 +14,9 @@ import (
 )
 
 const (
-	// pingEvery is how often an idle stream is pinged: often enough that the
-	// shortest idle limits of load balancers (60 s) never pass.
+	// pingEvery is how often an idle stream is pinged at least: often enough that
+	// the shortest idle limits of load balancers (60 s) never pass. An answer is
+	// something sent, too, so two ends that are idle ask each other every askEvery.
 	pingEvery = 5 * time.Second
 	// askEvery is how often a stream is pinged that owes us an answer, and for
 	// doubtFor after a Doubt.

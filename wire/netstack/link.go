@@ -55,7 +55,7 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 			return n, &tcpip.ErrClosedForSend{}
 		}
 		l.queue.Push(flow, size, p.IncRef(), now)
-		for l.queue.Bytes() > l.limit {
+		for l.queue.Bytes() > l.limit || l.queue.Len() > queuePackets {
 			if lost, ok := l.queue.Drop(); ok {
 				lost.DecRef()
 				l.dropped++

@@ -42,3 +42,15 @@ func TestBulkSettles(t *testing.T) {
 		t.Fatalf("after %v, by lane: %v", took, adm.n)
 	}
 }
+
+// TestManySmallPackets: their number is bounded, too.
+func TestManySmallPackets(t *testing.T) {
+	e := New(Config{})
+	defer e.Close()
+	for range queuePackets + 100 {
+		write(e, packet(protoTCP, 1))
+	}
+	if e.Dropped() != 100 {
+		t.Errorf("%d packets dropped of %d above the bound", e.Dropped(), 100)
+	}
+}
