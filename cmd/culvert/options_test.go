@@ -56,6 +56,8 @@ func TestBadOptions(t *testing.T) {
 		{[]string{"--exclude-ips", "::/0"}, []string{"--exclude-ips", "::/0"}},
 		{[]string{"--include-ips", "0.0.0.0/0"}, []string{"--include-ips", "0.0.0.0/0"}},
 		{[]string{"--includeIps", "1.2.3.4,10.300.0.1"}, []string{"--include-ips", "10.300.0.1"}},
+		{[]string{"--carrier", "udp", "--udp", "off"}, []string{"--carrier udp", "--udp off", "leave one"}},
+		{[]string{"--carrier", "pods-proxy", "--udp", "nodeport"}, []string{"--carrier pods-proxy", "--udp nodeport", "leave one"}},
 		{[]string{"--output", "yaml"}, []string{"--output", "yaml", "json"}},
 		{[]string{"--output", "wide"}, []string{"--output", "wide"}},
 		{[]string{"--labels", "a b=c"}, []string{"--labels", "a b"}},

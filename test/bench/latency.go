@@ -22,7 +22,7 @@ func latencyTable(congestion string) string {
 const (
 	latencyRate, latencyDelay = "100mbit", "25ms"
 	latencyQueue              = "640kb" // what is under way on this link: direct TCP has 95 Mbit/s with it, 80 with 256 KiB
-	latencySettle             = 1.5
+	latencySettle             = 2.5     // a download through the API server fills the link after that, one of direct TCP after 1 s
 	latencyMeasure            = 3.0
 	pings                     = 4 // connections; a round trip of 50 ms makes 80 samples a second
 )
