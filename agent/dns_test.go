@@ -27,11 +27,26 @@ func nameserver(t *testing.T, addr netip.Addr, rcode int) {
 		_ = w.WriteMsg(r)
 	})
 	for _, network := range []string{"udp", "tcp"} {
-		s := &dns.Server{Addr: netip.AddrPortFrom(addr, 53).String(), Net: network, Handler: handler}
-		started := make(chan struct{})
-		s.NotifyStartedFunc = func() { close(started) }
-		go s.ListenAndServe()
-		<-started
+		var s *dns.Server
+		var err error
+		// The nameserver of the test before may hold its port for a moment longer.
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			s = &dns.Server{Addr: netip.AddrPortFrom(addr, 53).String(), Net: network, Handler: handler}
+			started, failed := make(chan struct{}), make(chan error, 1)
+			s.NotifyStartedFunc = func() { close(started) }
+			go func() { failed <- s.ListenAndServe() }()
+			select {
+			case <-started:
+				err = nil
+			case err = <-failed:
+			}
+			if err == nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal(err)
+			}
+		}
 		t.Cleanup(func() { s.Shutdown() })
 	}
 }
