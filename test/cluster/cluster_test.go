@@ -126,6 +126,12 @@ func TestClusterRuns(t *testing.T) {
 				if family == 1 {
 					ip = "[" + ip + "]"
 				}
+				// kube-proxy may hear of the endpoints a moment after they are there.
+				for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+					if _, err := l.kubectl(c, "admin", "-n", "demo", "exec", onNode1(l, c), "--", "/testapp", "get", "--resolve", ip+":80", "http://echo/"); err == nil {
+						break
+					}
+				}
 				for range 4 { // node1 of a and b has hairpin
 					l.mustKubectl(c, "-n", "demo", "exec", onNode1(l, c), "--", "/testapp", "get", "--resolve", ip+":80", "http://echo/")
 				}
