@@ -31,7 +31,6 @@ func waitCarrier(t *testing.T, name string, within time.Duration) api.Session {
 // TestCarrierChoice: a session moves to pods/proxy by itself, loses nothing on
 // the way, falls back when the API server restarts, and returns.
 func TestCarrierChoice(t *testing.T) {
-	schedulerBack(t)
 	connect(t)
 	alive := longLived(t)
 	s := waitCarrier(t, "pods/proxy", 5*time.Second)

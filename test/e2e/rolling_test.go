@@ -113,7 +113,6 @@ func traffic(t *testing.T) (stop func() (connection, name time.Duration)) {
 // TestRollingRestart: two API servers behind a load balancer are restarted one
 // after the other. Connections live on and names are answered.
 func TestRollingRestart(t *testing.T) {
-	schedulerBack(t)
 	startSecond(t)
 	t.Cleanup(func() { endServer(t, 6444, "KILL") })
 	b := &balancer{servers: []string{"172.30.0.10:6443", "172.30.0.10:6444"}}
@@ -144,7 +143,6 @@ func TestRollingRestart(t *testing.T) {
 // TestAPIServerRestarted: the only API server is restarted, killed or as it is
 // upgraded. The session is there again as soon as the server is.
 func TestAPIServerRestarted(t *testing.T) {
-	schedulerBack(t)
 	connect(t)
 	for name, end := range map[string]func(*testing.T, int){
 		"killed": func(t *testing.T, port int) { endServer(t, port, "KILL") }, "upgraded": upgradeServer,
@@ -165,23 +163,4 @@ func TestAPIServerRestarted(t *testing.T) {
 			waitState(t, netlab.Alice, api.Connected, 10*time.Second)
 		})
 	}
-}
-
-// schedulerBack has the test end only when pods are scheduled again: a scheduler
-// that lost the API server gives up its lease and begins anew.
-func schedulerBack(t *testing.T) {
-	t.Helper()
-	t.Cleanup(func() {
-		renewed := func() string {
-			r := lab.Kubectl("", nil, "-n", "kube-system", "get", "lease", "kube-scheduler", "-o", "jsonpath={.spec.renewTime}")
-			return r.Stdout
-		}
-		before := renewed()
-		eventually(t, 2*time.Minute, func() error {
-			if now := renewed(); now == before || now == "" {
-				return fmt.Errorf("the scheduler's lease was last renewed at %q", now)
-			}
-			return nil
-		})
-	})
 }
