@@ -14,12 +14,7 @@ import (
 // TestLongCut: the path is away for longer than WireGuard's keys are good for
 // (180 s), with both ends trying to speak. They agree on keys at once when it is
 // back; left to themselves they ask every 5 s, and each other's questions cross.
-//
-// It takes four minutes, and is left out unless -long is given.
 func TestLongCut(t *testing.T) {
-	if !*long {
-		t.Skip("-long was not given")
-	}
 	connect(t, "--debug")
 	c := dial(t, "tcp", net.JoinHostPort(podIPs(t)[0], "9000"))
 	echo(t, c, []byte("first"))

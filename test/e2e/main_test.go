@@ -20,10 +20,7 @@ import (
 )
 
 // keep leaves the cluster and the laptop's files as they are at the end.
-var (
-	keep = flag.Bool("keep", false, "leave the test cluster up")
-	long = flag.Bool("long", false, "also run what takes minutes of waiting")
-)
+var keep = flag.Bool("keep", false, "leave the test cluster up")
 
 // lab is the laptop of all tests. Tests run one after another.
 var lab *netlab.Machine

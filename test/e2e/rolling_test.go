@@ -26,9 +26,12 @@ func inControlPlane(t *testing.T, script string) string {
 	return strings.TrimSpace(r.Stdout)
 }
 
-// endServer sends the API server at a port a signal.
+// endServer sends the API server at a port a signal. The test ends when pods are
+// scheduled again: a scheduler whose API server was away asks for pods again only
+// after a pause of up to half a minute, and the next test would wait for it.
 func endServer(t *testing.T, port int, signal string) {
 	t.Helper()
+	t.Cleanup(func() { awaitScheduler(t) })
 	inControlPlane(t, fmt.Sprintf(`kill -%s $(pgrep -f -- ^kube-apiserver.*--secure-port=%d) || true`, signal, port))
 }
 
@@ -49,6 +52,20 @@ func awaitServer(t *testing.T, port int) {
 		r := lab.Cluster("exec", "cp", "--", "curl", "-ksSf", "--max-time", "2", fmt.Sprintf("https://172.30.0.10:%d/readyz", port))
 		if r.Code != 0 {
 			return fmt.Errorf("the API server at port %d: %v", port, r)
+		}
+		return nil
+	})
+}
+
+// awaitScheduler waits until a new pod gets a node.
+func awaitScheduler(t *testing.T) {
+	t.Helper()
+	const name = "is-scheduled"
+	kubectl(t, "-n", "default", "run", name, "--image=none.invalid/none", "--restart=Never")
+	defer kubectl(t, "-n", "default", "delete", "pod", name, "--wait=true", "--grace-period=0", "--force")
+	eventually(t, 2*time.Minute, func() error {
+		if kubectl(t, "-n", "default", "get", "pod", name, "-o", "jsonpath={.spec.nodeName}") == "" {
+			return fmt.Errorf("the scheduler gives a new pod no node")
 		}
 		return nil
 	})
