@@ -7,11 +7,16 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
+	autoscalingv2 "k8s.io/api/autoscaling/v2"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
@@ -30,6 +35,7 @@ func init() {
 	// The core group first: options and Status are then its v1.
 	for _, add := range []func(*runtime.Scheme) error{
 		corev1.AddToScheme, appsv1.AddToScheme, networkingv1.AddToScheme, authorizationv1.AddToScheme, authenticationv1.AddToScheme,
+		autoscalingv2.AddToScheme, coordinationv1.AddToScheme, discoveryv1.AddToScheme, policyv1.AddToScheme,
 	} {
 		utilruntime.Must(add(known))
 	}
@@ -96,6 +102,56 @@ func (c *Client) Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList] 
 // Deployments are those of a namespace, or all for "".
 func (c *Client) Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList] {
 	return objects[appsv1.Deployment, appsv1.DeploymentList](c, "/apis/apps/v1", namespace, "deployments")
+}
+
+// StatefulSets are those of a namespace, or all for "".
+func (c *Client) StatefulSets(namespace string) Objects[*appsv1.StatefulSet, *appsv1.StatefulSetList] {
+	return objects[appsv1.StatefulSet, appsv1.StatefulSetList](c, "/apis/apps/v1", namespace, "statefulsets")
+}
+
+// ReplicaSets are those of a namespace, or all for "".
+func (c *Client) ReplicaSets(namespace string) Objects[*appsv1.ReplicaSet, *appsv1.ReplicaSetList] {
+	return objects[appsv1.ReplicaSet, appsv1.ReplicaSetList](c, "/apis/apps/v1", namespace, "replicasets")
+}
+
+// ConfigMaps are those of a namespace, or all for "".
+func (c *Client) ConfigMaps(namespace string) Objects[*corev1.ConfigMap, *corev1.ConfigMapList] {
+	return objects[corev1.ConfigMap, corev1.ConfigMapList](c, "/api/v1", namespace, "configmaps")
+}
+
+// Secrets are those of a namespace.
+func (c *Client) Secrets(namespace string) Objects[*corev1.Secret, *corev1.SecretList] {
+	return objects[corev1.Secret, corev1.SecretList](c, "/api/v1", namespace, "secrets")
+}
+
+// Leases are those of a namespace, or all for "".
+func (c *Client) Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList] {
+	return objects[coordinationv1.Lease, coordinationv1.LeaseList](c, "/apis/coordination.k8s.io/v1", namespace, "leases")
+}
+
+// PodDisruptionBudgets are those of a namespace, or all for "".
+func (c *Client) PodDisruptionBudgets(namespace string) Objects[*policyv1.PodDisruptionBudget, *policyv1.PodDisruptionBudgetList] {
+	return objects[policyv1.PodDisruptionBudget, policyv1.PodDisruptionBudgetList](c, "/apis/policy/v1", namespace, "poddisruptionbudgets")
+}
+
+// HorizontalPodAutoscalers are those of a namespace.
+func (c *Client) HorizontalPodAutoscalers(namespace string) Objects[*autoscalingv2.HorizontalPodAutoscaler, *autoscalingv2.HorizontalPodAutoscalerList] {
+	return objects[autoscalingv2.HorizontalPodAutoscaler, autoscalingv2.HorizontalPodAutoscalerList](c, "/apis/autoscaling/v2", namespace, "horizontalpodautoscalers")
+}
+
+// NetworkPolicies are those of a namespace, or all for "".
+func (c *Client) NetworkPolicies(namespace string) Objects[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList] {
+	return objects[networkingv1.NetworkPolicy, networkingv1.NetworkPolicyList](c, "/apis/networking.k8s.io/v1", namespace, "networkpolicies")
+}
+
+// Ingresses are those of a namespace, or all for "".
+func (c *Client) Ingresses(namespace string) Objects[*networkingv1.Ingress, *networkingv1.IngressList] {
+	return objects[networkingv1.Ingress, networkingv1.IngressList](c, "/apis/networking.k8s.io/v1", namespace, "ingresses")
+}
+
+// EndpointSlices are those of a namespace.
+func (c *Client) EndpointSlices(namespace string) Objects[*discoveryv1.EndpointSlice, *discoveryv1.EndpointSliceList] {
+	return objects[discoveryv1.EndpointSlice, discoveryv1.EndpointSliceList](c, "/apis/discovery.k8s.io/v1", namespace, "endpointslices")
 }
 
 // ServiceCIDRs are the cluster's; servers before 1.33 have none.
@@ -170,6 +226,22 @@ func (r Objects[T, L]) List(ctx context.Context, options metav1.ListOptions) (L,
 func (r Objects[T, L]) Watch(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 	options.Watch = true
 	return r.request("GET").VersionedParams(&options, params).Watch(ctx)
+}
+
+// Update replaces one object; an object whose resourceVersion is set is replaced
+// only if it is still that one (a conflict otherwise).
+func (r Objects[T, L]) Update(ctx context.Context, name string, o T, options metav1.UpdateOptions) (T, error) {
+	made := r.empty()
+	err := r.request("PUT").Name(name).VersionedParams(&options, params).Body(o).Do(ctx).Into(made)
+	return made, err
+}
+
+// Patch changes one object, or a subresource of it.
+func (r Objects[T, L]) Patch(ctx context.Context, name string, kind types.PatchType, data []byte, options metav1.PatchOptions, subresources ...string) (T, error) {
+	made := r.empty()
+	err := r.client.rest().Patch(kind).AbsPath(r.prefix).NamespaceIfScoped(r.namespace, r.namespace != "").Resource(r.resource).
+		Name(name).SubResource(subresources...).VersionedParams(&options, params).Body(data).Do(ctx).Into(made)
+	return made, err
 }
 
 // Delete asks for the end of one object.

@@ -174,10 +174,12 @@ type Event struct {
 // Line is one line of a streamed answer (newline-delimited JSON): exactly one
 // field is set. The last line has Error or End; a stream without one was cut.
 type Line struct {
-	Event *Event     `json:"event,omitempty"`
-	Ping  *PingReply `json:"ping,omitempty"`
-	Error *Error     `json:"error,omitempty"`
-	End   bool       `json:"end,omitempty"`
+	Event     *Event     `json:"event,omitempty"`
+	Ping      *PingReply `json:"ping,omitempty"`
+	Step      string     `json:"step,omitempty"`
+	Intercept *Intercept `json:"intercept,omitempty"`
+	Error     *Error     `json:"error,omitempty"`
+	End       bool       `json:"end,omitempty"`
 }
 
 // Version is what the daemon says of itself.
