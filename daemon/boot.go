@@ -186,7 +186,7 @@ func (v *supervisor) connectAtBoot(ctx context.Context, r bootRecord) error {
 	if !r.ByRoot && !(caller{GID: a.GID, Groups: a.Groups}).in(v.gid) {
 		return &api.Error{Code: api.CodeDenied, Message: fmt.Sprintf("uid %d is no longer in the group that may use culvertd", r.UID)}
 	}
-	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options, AtBoot: true}, bootEnv(a), r.ByRoot)
+	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options, AtBoot: true}, bootEnv(a), r.ByRoot, "")
 	if err != nil {
 		return err
 	}

@@ -68,6 +68,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		sup.machine.watch(watching)
 	}()
 	running, stopRunning := context.WithCancel(ctx)
+	sup.revert(running)
 	sup.resume(running)
 	log.Info("culvertd is ready", "version", version.Version, "socket", d.cfg.Socket, "gid", gid, "session", d.cfg.SessionBinary)
 	notify("READY=1\nSTATUS=" + sup.summary())

@@ -71,7 +71,7 @@ func (s *server) connect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
-	one, err := s.sup.newSession(acc, req, env, who.UID == 0)
+	one, err := s.sup.newSession(acc, req, env, who.UID == 0, "")
 	if err != nil {
 		refuse(w, err)
 		return

@@ -158,7 +158,8 @@ func (m *machine) validate(n link.Network) error {
 // collidesLocked looks for what stands against a network.
 func (m *machine) collidesLocked(d *device, n link.Network, facts *router.Facts) error {
 	for id, other := range m.devices {
-		if id != d.session.id && other.tun != nil && other.network.Identity == n.Identity {
+		if id != d.session.id && other.tun != nil && other.network.Identity == n.Identity &&
+			!other.session.options.InterceptOnly && !d.session.options.InterceptOnly {
 			e := &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("this cluster is already connected as session %s (context %s)", id, other.network.Context)}
 			if other.session.account.UID == d.session.account.UID {
 				e.Hint = "culvert disconnect " + id

@@ -69,6 +69,7 @@ func (s *session) handlers(conn *link.Conn) {
 		s.sup.machine.redial(s)
 		return nil, nil, nil
 	})
+	s.interceptHandlers(conn)
 	conn.Handle(link.MethodStatus, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
 		var r api.Session
 		if err := decode(link.MethodStatus, params, &r); err != nil {
@@ -87,6 +88,7 @@ func (s *session) hello() link.Start {
 		UID:        s.account.UID,
 		Origin:     origin(s.sup.cfg, s.account.UID),
 		Options:    s.options,
+		Revert:     s.revert,
 		Network:    network,
 		Granted:    granted,
 		MachineDNS: s.sup.machine.machineDNS(s.id, s.options.DNS),

@@ -46,6 +46,9 @@ func newServer(ctx context.Context, cfg Config, sup *supervisor, connContext fun
 	mux.HandleFunc("POST "+api.PathPeers, s.peers)
 	mux.HandleFunc("POST "+api.PathPeerAdd, s.peerAdd)
 	mux.HandleFunc("POST "+api.PathPeerRemove, s.peerRemove)
+	mux.HandleFunc("POST "+api.PathIntercept, s.intercept)
+	mux.HandleFunc("POST "+api.PathLeave, s.leave)
+	mux.HandleFunc("GET "+api.PathIntercepts, s.intercepts)
 	mux.HandleFunc("GET "+api.PathLogs, s.logs)
 	mux.HandleFunc("POST "+api.PathFacts, s.facts)
 	s.http = &http.Server{

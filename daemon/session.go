@@ -21,7 +21,7 @@ const (
 
 	// disconnectTimeout is what a session process has to clean up in the cluster
 	// before it is killed; stopTimeout when the daemon itself ends.
-	disconnectTimeout = 30 * time.Second
+	disconnectTimeout = 60 * time.Second
 	stopTimeout       = 10 * time.Second
 
 	// A process that died is started again after minBackoff, doubled up to
@@ -42,6 +42,7 @@ type session struct {
 	env     []string
 	atBoot  bool
 	byRoot  bool
+	revert  bool // it undoes what an earlier session left, and connects to nothing
 
 	sup    *supervisor
 	log    *slog.Logger
@@ -64,6 +65,8 @@ type session struct {
 	restarts   int
 	backoff    time.Duration
 	remembered json.RawMessage
+	steps      steps
+	reverted   bool // the process said that it is done
 	published  api.Session
 
 	// What the process is to be told at the next turn of run.
@@ -274,12 +277,13 @@ func (s *session) report(r api.Session) {
 			s.in.established = true
 			s.backoff = 0
 		case api.Disconnected:
+			s.reverted = s.revert && r.Error == nil
 			if s.in.wanted {
 				s.in.failed = true
 				if s.err == nil {
 					s.err = r.Error
 				}
-				if s.err == nil {
+				if s.err == nil && !s.reverted {
 					s.err = &api.Error{Code: api.CodeInternal, Message: "the session ended itself and did not say why", Hint: "culvert logs"}
 				}
 			}
@@ -294,7 +298,7 @@ func (s *session) snapshot() api.Session {
 	v := s.said
 	v.ID, v.UID, v.User = s.id, s.account.UID, s.account.Name
 	v.State, v.Since, v.Started = s.state, s.since, s.started
-	v.Restarts, v.AtBoot = s.restarts, s.atBoot
+	v.Restarts, v.AtBoot, v.InterceptOnly = s.restarts, s.atBoot, s.options.InterceptOnly
 	v.PID = 0
 	if s.proc != nil {
 		v.PID = s.proc.pid

@@ -25,6 +25,7 @@ type supervisor struct {
 	log     *slog.Logger
 	machine *machine
 	boot    *bootStore
+	kept    *keptStore
 	hurry   chan struct{} // closed when the daemon ends
 	gid     int           // of the group that may use the daemon, -1: root only
 	wg      sync.WaitGroup
@@ -42,6 +43,7 @@ func newSupervisor(cfg Config, gid int) *supervisor {
 		gid:      gid,
 		log:      cfg.Log.With("part", "supervisor"),
 		boot:     &bootStore{dir: cfg.StateDir},
+		kept:     &keptStore{dir: cfg.StateDir},
 		hurry:    make(chan struct{}),
 		sessions: make(map[string]*session),
 		watchers: make(map[*watcher]struct{}),
@@ -51,10 +53,15 @@ func newSupervisor(cfg Config, gid int) *supervisor {
 }
 
 // newSession notes a session without starting it. byRoot: root asked for it on
-// the user's behalf.
-func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string, byRoot bool) (*session, error) {
+// the user's behalf. revert: it only undoes what the session of that id left.
+func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string, byRoot bool, revert string) (*session, error) {
+	id := revert
+	if id == "" {
+		id = newID()
+	}
 	s := &session{
-		id:      newID(),
+		id:      id,
+		revert:  revert != "",
 		started: time.Now(),
 		account: a,
 		options: req.Options,
@@ -116,6 +123,11 @@ func (v *supervisor) selected(c caller, id, context string) []*session {
 // one returns the only session that a caller can mean.
 func (v *supervisor) one(c caller, id, context string) (*session, error) {
 	list := v.selected(c, id, context)
+	if len(list) > 1 { // a whole session can do all that one of intercepts only can
+		if whole := slices.DeleteFunc(slices.Clone(list), func(s *session) bool { return s.options.InterceptOnly }); len(whole) == 1 {
+			list = whole
+		}
+	}
 	switch {
 	case len(list) == 1:
 		return list[0], nil

@@ -53,6 +53,10 @@ type Options struct {
 	DNS           string        `json:"dns,omitempty"`           // auto (default), resolved, resolvconf or none
 	Timeout       time.Duration `json:"timeout,omitempty"`       // until connected; 0: 60 s
 	Debug         bool          `json:"debug,omitempty"`
+
+	// InterceptOnly: the machine stays as it is, without routes and names; only
+	// intercepts lead traffic here. It may be beside a whole session to the cluster.
+	InterceptOnly bool `json:"interceptOnly,omitempty"`
 }
 
 // ConnectRequest asks for a session as the calling user, who is known by the
@@ -95,6 +99,8 @@ type Session struct {
 	Restarts  int       `json:"restarts"`        // of the session process
 	PID       int       `json:"pid,omitempty"`   // of the session process
 	AtBoot    bool      `json:"atBoot,omitempty"`
+	// InterceptOnly is that of Options.
+	InterceptOnly bool `json:"interceptOnly,omitempty"`
 
 	Device    string         `json:"device,omitempty"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"` // on Device, /32 and /128

@@ -21,6 +21,8 @@ const (
 	MethodStatus    = "status"    // api.Session -> nil; what the session knows of itself
 	MethodSessions  = "sessions"  // nil -> []string; ids of all sessions of this session's user
 	MethodRedial    = "redial"    // notification nil; the session tries to reach its API server again
+	MethodStep      = "step"      // notification Step; what a Task of the daemon's is at
+	MethodKeep      = "keep"      // bool -> nil; whether the session has changed something in its cluster that outlives it
 )
 
 // Methods that the daemon calls on the session.
@@ -30,6 +32,10 @@ const (
 	MethodPeers      = "peers"      // api.PeerRequest -> []api.Peer
 	MethodPeerAdd    = "peerAdd"    // api.PeerRequest -> api.PeerConfig
 	MethodPeerRemove = "peerRemove" // api.PeerRequest -> api.Peer
+	MethodIntercept  = "intercept"  // Task of api.InterceptRequest -> api.Intercept
+	MethodLeave      = "leave"      // Task of api.LeaveRequest -> []api.Intercept
+	MethodIntercepts = "intercepts" // nil -> []api.Intercept
+	MethodCancel     = "cancel"     // notification uint64: nobody waits for that Task any more
 	MethodSiblings   = "siblings"   // notification []Sibling; the other sessions' DNS forwarders, whole list
 	MethodMachineDNS = "machineDNS" // notification []netip.AddrPort; Start.MachineDNS changed
 	MethodAlive      = "alive"      // nil -> nil, at once; a process that does not answer is killed and replaced
@@ -37,6 +43,18 @@ const (
 
 // MaxRemember bounds what a session may keep in the daemon, in bytes.
 const MaxRemember = 64 << 10
+
+// Task is a request that takes a while: Steps come before its answer.
+type Task struct {
+	ID      uint64          `json:"id"`
+	Request json.RawMessage `json:"request"`
+}
+
+// Step is what a Task is at.
+type Step struct {
+	ID   uint64 `json:"id"`
+	Text string `json:"text"`
+}
 
 // Start is what a session process is told first.
 type Start struct {
@@ -47,6 +65,9 @@ type Start struct {
 	// earlier one in its place, ever started, and tells nothing about the machine.
 	// Empty: the machine has no id.
 	Origin string `json:"origin,omitempty"`
+	// Revert: connect to nothing; undo what an earlier session of this id left in
+	// the cluster when it died together with its daemon, and say Disconnected.
+	Revert bool `json:"revert,omitempty"`
 	// Restart counts earlier processes of this session.
 	Restart int `json:"restart"`
 	// Remembered is what the last process gave to MethodRemember, or null.
