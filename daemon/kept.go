@@ -72,6 +72,14 @@ func (k *keptStore) remove(id string) error {
 	return nil
 }
 
+// has tells whether a session is remembered.
+func (k *keptStore) has(id string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, err := os.Stat(k.file(id))
+	return err == nil
+}
+
 // list returns all records; what cannot be read is left where it is and told.
 func (k *keptStore) list() (records []keptRecord, err error) {
 	k.mu.Lock()
@@ -107,6 +115,7 @@ func (k *keptStore) list() (records []keptRecord, err error) {
 // revert has what dead sessions left in clusters undone: for each record a
 // session process runs as its user, until one succeeded or ctx ends.
 func (v *supervisor) revert(ctx context.Context) {
+	v.running = ctx
 	records, err := v.kept.list()
 	if err != nil {
 		v.log.Error("reading the sessions with intercepts", "error", err)

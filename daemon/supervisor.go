@@ -29,6 +29,7 @@ type supervisor struct {
 	hurry   chan struct{} // closed when the daemon ends
 	gid     int           // of the group that may use the daemon, -1: root only
 	wg      sync.WaitGroup
+	running context.Context // ends when the daemon does; set before sessions are
 
 	mu       sync.Mutex
 	sessions map[string]*session
@@ -195,6 +196,10 @@ func (v *supervisor) ended(s *session) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.sessions, s.id)
+	if !v.stopping && !s.revert && v.kept.has(s.id) { // it could not undo all that it did in its cluster
+		r := keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}
+		v.wg.Go(func() { v.revertOne(v.running, r) })
+	}
 	s.env = nil
 	v.past = append(v.past, s)
 	if len(v.past) > maxEnded {

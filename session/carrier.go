@@ -150,6 +150,7 @@ func (s *Session) adopt(ctx context.Context, a attempt) error {
 	}
 	wake(s.met)
 	wake(s.lanes)
+	s.intercepts.agentIs()
 	s.status.update(func(st *api.Session) {
 		st.Agent = api.AgentStatus{Namespace: agent.Namespace, Pod: agent.Pod, Node: agent.Node, Image: agent.Image, Version: welcome.Version}
 	})
@@ -278,6 +279,9 @@ func (s *Session) reconnect(ctx context.Context, tries int, away time.Duration) 
 	s.mu.Unlock()
 	if orphaned { // after the ping: before there are keys only a few packets may wait
 		s.log.Info("connections through the old agent are told", "connections", local.Challenge())
+	}
+	if s.options.InterceptOnly {
+		return s.network.apply(ctx, false)
 	}
 	s.network.activate()
 	return s.network.apply(ctx, true)

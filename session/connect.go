@@ -26,6 +26,13 @@ func (s *Session) connect(ctx context.Context) error {
 	}
 	spec := s.agentSpec()
 
+	if s.options.InterceptOnly {
+		if err := s.preflight(ctx, spec); err != nil {
+			return err
+		}
+		return s.connectAgent(ctx, spec)
+	}
+
 	// The ranges are looked for meanwhile: in a big cluster that takes a while.
 	s.status.step("asking the API server")
 	looking, cancel := context.WithCancel(ctx)
@@ -48,26 +55,7 @@ func (s *Session) connect(ctx context.Context) error {
 		return f.err
 	}
 	s.network.setRanges(f.ranges)
-
-	s.status.step("preparing the network")
-	if err := s.network.apply(ctx, false); err != nil {
-		return err
-	}
-
-	s.status.step("starting the agent")
-	if err := s.remember(ctx, func(r *remembered) { r.Secret, r.Agent = newSecret(), cluster.AgentName(s.id) }); err != nil {
-		return err
-	}
-	agent, err := s.cluster.EnsureAgent(ctx, spec, func(step string) { s.status.step("starting the agent: " + step) })
-	if err != nil {
-		return err
-	}
-
-	s.status.step("opening the tunnel")
-	if err := s.openTunnel(); err != nil {
-		return err
-	}
-	if err := s.dialAgent(ctx, agent); err != nil {
+	if err := s.connectAgent(ctx, spec); err != nil {
 		return err
 	}
 
@@ -85,6 +73,51 @@ func (s *Session) connect(ctx context.Context) error {
 	return nil
 }
 
+// connectAgent starts the agent and opens the tunnel to it. The machine's network
+// stays as it is, but for a device.
+func (s *Session) connectAgent(ctx context.Context, spec cluster.AgentSpec) error {
+	s.status.step("preparing the network")
+	if err := s.network.apply(ctx, false); err != nil {
+		return err
+	}
+
+	s.status.step("starting the agent")
+	// Who may not write Leases connects without: then nobody can tell a living
+	// agent from one that a crash left, and `culvert clean` leaves it alone.
+	beats := s.heartbeat(ctx, s.cluster.Namespace()) == nil
+	if err := s.remember(ctx, func(r *remembered) {
+		r.Secret, r.Agent, r.Heartbeat = newSecret(), cluster.AgentName(s.id), beats
+	}); err != nil {
+		return err
+	}
+	agent, err := s.cluster.EnsureAgent(ctx, spec, func(step string) { s.status.step("starting the agent: " + step) })
+	if err != nil {
+		return err
+	}
+
+	s.status.step("opening the tunnel")
+	if err := s.openTunnel(); err != nil {
+		return err
+	}
+	if err := s.dialAgent(ctx, agent); err != nil {
+		return err
+	}
+	if s.options.InterceptOnly {
+		if _, err := s.ping(ctx, s.network.agentAddr(), 10*time.Second); err != nil {
+			return silentAgent(err)
+		}
+		s.setConnected()
+	}
+	return nil
+}
+
+// silentAgent: the carrier is up, and nothing comes through it.
+func silentAgent(err error) error {
+	return &api.Error{Code: api.CodeAgent,
+		Message: fmt.Sprintf("the tunnel is up but the agent does not answer through it: %v", err),
+		Hint:    "`culvert logs` and `kubectl logs` of the agent pod say more"}
+}
+
 // resume makes the tunnel anew in a process that replaces a dead one. Nothing
 // here needs the network, which may be down: carrierLoop goes on trying, and
 // names in selectors keep the addresses that they had.
@@ -93,7 +126,7 @@ func (s *Session) resume(ctx context.Context) error {
 		return err
 	}
 	s.network.resume(s.start.Network, s.start.Granted)
-	if err := s.network.apply(ctx, true); err != nil {
+	if err := s.network.apply(ctx, !s.options.InterceptOnly); err != nil {
 		return err
 	}
 	return s.openTunnel()
@@ -128,9 +161,7 @@ func (s *Session) excludeServer(ctx context.Context) error {
 func (s *Session) probe(ctx context.Context) error {
 	agent := s.network.agentAddr()
 	if _, err := s.ping(ctx, agent, 10*time.Second); err != nil {
-		return &api.Error{Code: api.CodeAgent,
-			Message: fmt.Sprintf("the tunnel is up but the agent does not answer through it: %v", err),
-			Hint:    "`culvert logs` and `kubectl logs` of the agent pod say more"}
+		return silentAgent(err)
 	}
 	rtt, err := s.dialThroughTUN(ctx, netip.AddrPortFrom(agent, 53))
 	if err != nil {

@@ -181,7 +181,7 @@ func (n *network) activate() {
 func (n *network) resume(asked *link.Network, granted *link.Granted) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.active = true
+	n.active = asked.Active
 	n.grant = *granted
 	for _, r := range asked.Plan {
 		switch {

@@ -22,6 +22,10 @@ import (
 // that nobody waits for a dead one.
 const cleanupTime = 15 * time.Second
 
+// undoTime bounds what a session that ends does about its intercepts, and
+// endDrain how long open connections have then.
+const undoTime, endDrain = 30 * time.Second, 5 * time.Second
+
 // loopsTime bounds the wait for the loops, whose context is done: they end at
 // once but for a request that the API server is just answering.
 const loopsTime = 3 * time.Second
@@ -56,6 +60,10 @@ func Run(ctx context.Context) error {
 	conn.Handle(link.MethodPeers, s.handlePeers)
 	conn.Handle(link.MethodPeerAdd, s.handlePeerAdd)
 	conn.Handle(link.MethodPeerRemove, s.handlePeerRemove)
+	conn.Handle(link.MethodIntercept, task(s, s.intercepts.start))
+	conn.Handle(link.MethodLeave, task(s, s.intercepts.leave))
+	conn.Handle(link.MethodIntercepts, s.handleIntercepts)
+	conn.Handle(link.MethodCancel, s.handleCancel)
 	conn.Handle(link.MethodAlive, handleAlive)
 	conn.Handle(link.MethodSiblings, s.handleSiblings)
 	conn.Handle(link.MethodMachineDNS, s.handleMachineDNS)
@@ -88,6 +96,9 @@ func Run(ctx context.Context) error {
 		}
 	}()
 
+	if start.Revert {
+		return s.revertRun(ctx, start)
+	}
 	err = s.run(ctx, start)
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
@@ -130,10 +141,25 @@ func (s *Session) end(err error) {
 	s.status.update(func(st *api.Session) {
 		st.State, st.Step, st.Cause = api.Disconnecting, "removing the agent", ""
 	})
+	if s.cluster != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), undoTime)
+		if err := s.intercepts.stopAll(ctx, endDrain); err != nil {
+			s.log.Warn("undoing intercepts", "err", err)
+			s.status.update(func(st *api.Session) {
+				st.Notes = append(st.Notes, "intercepts could not all be undone (`culvert recover` does): "+err.Error())
+			})
+		}
+		cancel()
+	}
 	// A redial under way might make the agent again after it was removed.
 	s.waitLoops(loopsTime)
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
 	defer cancel()
+	if s.recall().Heartbeat && s.cluster != nil {
+		if e := s.cluster.DeleteLease(ctx, s.cluster.Namespace(), s.id); e != nil {
+			s.log.Warn("deleting the heartbeat", "err", e)
+		}
+	}
 	if e := s.removeAgent(ctx); e != nil {
 		s.log.Warn("removing the agent", "err", e)
 		s.status.update(func(st *api.Session) {

@@ -47,6 +47,8 @@ type Session struct {
 	network network
 	names   names
 
+	intercepts *intercepts
+
 	// mu guards what the loops replace while the session lives.
 	mu         sync.Mutex
 	remembered remembered
@@ -88,6 +90,9 @@ type remembered struct {
 	Instance string      `json:"instance"` // of the agent process that we last talked to
 	Domain   string      `json:"domain"`   // cluster domain
 	Peers    []knownPeer `json:"peers,omitempty"`
+	// Heartbeat: a Lease in the agent's namespace tells that the session lives.
+	Heartbeat  bool    `json:"heartbeat,omitempty"`
+	Intercepts []saved `json:"intercepts,omitempty"`
 }
 
 func newSession(conn *link.Conn) *Session {
@@ -96,6 +101,7 @@ func newSession(conn *link.Conn) *Session {
 	s.status = &status{conn: conn}
 	s.network.session = s
 	s.names.session = s
+	s.intercepts = newIntercepts(s)
 	return s
 }
 
@@ -115,7 +121,7 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 		}
 	}
 	s.openDatagrams(ctx)
-	resume := start.Network != nil && start.Network.Active && start.Granted != nil
+	resume := start.Network != nil && start.Granted != nil && (start.Network.Active || start.Restart > 0 && s.options.InterceptOnly)
 	if resume {
 		if err := s.resume(ctx); err != nil {
 			return err
@@ -142,7 +148,12 @@ func (s *Session) run(ctx context.Context, start link.Start) error {
 	s.loops.Go(func() { s.doubtLoop(ctx) })
 	s.loops.Go(func() { s.betterLoop(ctx) })
 	s.loops.Go(func() { s.bulkLoop(ctx) })
-	s.loops.Go(func() { s.rangesLoop(ctx) })
+	if !s.options.InterceptOnly {
+		s.loops.Go(func() { s.rangesLoop(ctx) })
+	}
+	s.intercepts.resume(s.recall().Intercepts)
+	s.loops.Go(func() { s.intercepts.exposedLoop(ctx) })
+	s.loops.Go(func() { s.heartbeatLoop(ctx) })
 	s.loops.Go(func() { s.removeStale(ctx) })
 	s.loops.Go(func() { s.network.loop(ctx) })
 	s.loops.Go(func() { s.statusLoop(ctx) })

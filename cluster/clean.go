@@ -1,0 +1,136 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+)
+
+// RecoverSpec names what shall be its own again.
+type RecoverSpec struct {
+	Namespace string
+	Target    string // as typed: a Service, or KIND/NAME of a workload
+	Force     bool   // although its owner lives
+	Drain     time.Duration
+	Say       func(string)
+}
+
+// Recovered is what Recover found.
+type Recovered struct {
+	Service string `json:"service"`
+	Found   bool   `json:"found"` // it was intercepted
+	User    string `json:"user,omitempty"`
+	Session string `json:"session,omitempty"`
+}
+
+// Recover ends an intercept, whoever's it is. Errors are *api.Error.
+func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, error) {
+	key, err := c.recoverKey(spec.Target)
+	if err != nil {
+		return Recovered{}, err
+	}
+	all, err := c.List(ctx, spec.Namespace)
+	if err != nil {
+		return Recovered{}, err
+	}
+	r := Recovered{Service: spec.Target}
+	var names []string
+	known := false
+	for _, s := range all {
+		names = append(names, s.Service)
+		if s.Service != key && scaleKeyOf(s.Service) != key {
+			continue
+		}
+		known = true
+		r.Service, r.User, r.Session, r.Found = s.Service, s.User, s.Session, s.Kind != ""
+		if s.Alive && !spec.Force {
+			return r, &api.Error{Code: api.CodeExists,
+				Message: fmt.Sprintf("%s in namespace %q is intercepted by %s, whose session is alive", s.Service, spec.Namespace, firstOf(s.User, s.Session)),
+				Hint:    "ask for `culvert leave " + s.Service + "` there, or take it with --force"}
+		}
+	}
+	if !known && !strings.HasPrefix(key, scalePrefix) {
+		return r, c.noService(spec.Namespace, spec.Target, names)
+	}
+	// Also when nothing seems to be there: what is left of a half undone one goes.
+	return r, c.Undo(ctx, UndoSpec{Namespace: spec.Namespace, Key: key, Drain: spec.Drain, Say: spec.Say})
+}
+
+// recoverKey is the key in the gates' state of what a person typed.
+func (c *Cluster) recoverKey(target string) (string, error) {
+	kind, name, ok := strings.Cut(target, "/")
+	if !ok {
+		return target, nil
+	}
+	switch kind {
+	case "svc", "service", "services":
+		return name, nil
+	}
+	if key := scaleKeyOf(target); key != "" {
+		return key, nil
+	}
+	return "", &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%q is neither a Service nor a workload", target), Hint: "culvert recover NAME, or deployment/NAME, statefulset/NAME, replicaset/NAME"}
+}
+
+// CleanSpec says what Clean may take away.
+type CleanSpec struct {
+	Namespaces []string
+	OlderThan  time.Duration // since the session was seen, by the API server's clock
+	DryRun     bool
+}
+
+// Clean gives back and deletes what no living session owns, and returns what it
+// was, with Leftover.Action saying what was, or would be, done. It goes on after
+// errors.
+func (c *Cluster) Clean(ctx context.Context, spec CleanSpec) ([]Leftover, error) {
+	found, err := c.Leftovers(ctx, spec.Namespaces, spec.OlderThan)
+	if err != nil || spec.DryRun {
+		return found, err
+	}
+	var trouble []error
+	undone := map[string]bool{}
+	for k := range found {
+		l := &found[k]
+		if l.Unknown {
+			continue
+		}
+		var err error
+		if l.Key != "" {
+			if id := l.Namespace + "/" + l.Key; !undone[id] {
+				undone[id] = true
+				err = c.Undo(ctx, UndoSpec{Namespace: l.Namespace, Key: l.Key, Session: l.Session})
+			}
+		} else {
+			err = c.RemoveLeftover(ctx, *l)
+		}
+		if err != nil {
+			l.Action = "failed: " + err.Error()
+			trouble = append(trouble, fmt.Errorf("%s %s/%s: %w", l.Kind, l.Namespace, l.Name, err))
+		}
+	}
+	return found, errors.Join(trouble...)
+}
+
+// NamespaceNames are all namespaces of the cluster.
+func (c *Cluster) NamespaceNames(ctx context.Context) ([]string, error) {
+	var names []string
+	options := metav1.ListOptions{Limit: pageSize}
+	for {
+		page, err := c.client.Namespaces().List(ctx, options)
+		if err != nil {
+			return nil, translate("listing namespaces", err)
+		}
+		for k := range page.Items {
+			names = append(names, page.Items[k].Name)
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			return names, nil
+		}
+	}
+}

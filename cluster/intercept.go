@@ -1,0 +1,389 @@
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+// InterceptSpec says which traffic shall come to a session's machine.
+type InterceptSpec struct {
+	Kind      string // intercept.Exchange, Preview or Scale
+	Namespace string // empty: the cluster's
+	Target    string // as typed
+	Expose    []Expose
+	Force     bool
+	Holder    intercept.Holder // Since is set by Start
+	Agent     *Agent           // the session's
+	Gates     AgentSpec        // image, pull secrets and so on are the gates' too
+	OnRefused string           // intercept.RefusedToOrigin or RefusedToClient
+
+	// Of a preview: how it is seen outside of the cluster.
+	External     bool
+	Host         string
+	IngressClass string
+}
+
+// Intercept is one that was planned. Its methods are for one goroutine.
+type Intercept struct {
+	c    *Cluster
+	spec InterceptSpec
+	head head
+
+	// ID and Token are what a connection of the gates shows (intercept.Header).
+	ID, Token string
+	Key       string // in the gates' state
+	Gate      string // the Deployment that serves it
+	Notes     []string
+}
+
+// head is what leads traffic to the gates: where the kinds of intercepts differ.
+// Its methods are called in this order, each at most once in a Start.
+type head interface {
+	// service is its name for people and in the gates' state.
+	service() string
+	// ports are all that the gates serve, exposed or not.
+	ports() []PlanPort
+	// gates changes the gates' Deployment to what this head needs.
+	gates(*GateSpec)
+	// origin makes what the gates lead to when the machine does not answer, and
+	// returns its address for each port of ports, or nil.
+	origin(ctx context.Context, session string) ([]string, error)
+	// policies opens the way through NetworkPolicies and returns notes.
+	policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error)
+	// lead leads the traffic to the gates.
+	lead(ctx context.Context, i *Intercept, routes []intercept.Route) error
+}
+
+// The steps of Start and Undo, in order. Tests end a session at each of them.
+const (
+	StepLease  = "lease"
+	StepEntry  = "entry"
+	StepOrigin = "origin"
+	StepGates  = "gates"
+	StepPolicy = "policy"
+	StepPush   = "push"
+	StepReach  = "reach"
+	StepSwitch = "switch"
+	StepActive = "active"
+
+	StepRestore       = "restore"
+	StepDrain         = "drain"
+	StepEntryRemoved  = "entry-removed"
+	StepOriginDeleted = "origin-deleted"
+	StepPolicyDeleted = "policy-deleted"
+	StepGatesGone     = "gates-gone"
+	StepLeaseDeleted  = "lease-deleted"
+)
+
+// StartSteps and StopSteps are all of them.
+var (
+	StartSteps = []string{StepLease, StepEntry, StepOrigin, StepGates, StepPolicy, StepPush, StepReach, StepSwitch, StepActive}
+	StopSteps  = []string{StepRestore, StepDrain, StepEntryRemoved, StepOriginDeleted, StepPolicyDeleted, StepGatesGone, StepLeaseDeleted}
+)
+
+// PlanIntercept looks at everything that could be wrong and changes nothing.
+// Errors are *api.Error; that of a Service which somebody else holds is a *Held.
+func (c *Cluster) PlanIntercept(ctx context.Context, spec InterceptSpec) (*Intercept, error) {
+	spec.Namespace = firstOf(spec.Namespace, c.namespace)
+	if err := c.InterceptAccess(ctx, spec.Namespace, spec.Kind); err != nil {
+		return nil, err
+	}
+	i := &Intercept{c: c, spec: spec, ID: randomHex(8), Token: randomHex(16), Gate: intercept.GateName}
+	var err error
+	switch spec.Kind {
+	case intercept.Exchange:
+		err = c.planExchangeHead(ctx, i)
+	case intercept.Preview:
+		err = c.planPreviewHead(ctx, i)
+	case intercept.Scale:
+		err = c.planScaleHead(ctx, i)
+	default:
+		err = fmt.Errorf("%q is no kind of intercept", spec.Kind)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+func randomHex(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails (crypto/rand, Go 1.24)
+	return hex.EncodeToString(b)
+}
+
+// Namespace is where it is, and Service what it is called there.
+func (i *Intercept) Namespace() string { return i.spec.Namespace }
+
+// Service is the Service's name, or KIND/NAME of a workload.
+func (i *Intercept) Service() string { return i.head.service() }
+
+// Exposed are the ports that come to the machine.
+func (i *Intercept) Exposed() []PlanPort {
+	var exposed []PlanPort
+	for _, p := range i.head.ports() {
+		if p.Local != 0 {
+			exposed = append(exposed, p)
+		}
+	}
+	return exposed
+}
+
+// Start leads the traffic to the machine, which must be ready for it. It tells
+// each step when it begins. On an error everything is undone.
+func (i *Intercept) Start(ctx context.Context, reached func(step string), progress func(string)) error {
+	err := i.start(ctx, reached, progress)
+	if err == nil {
+		return nil
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if e := i.c.Undo(undo, UndoSpec{Namespace: i.spec.Namespace, Key: i.Key, Session: i.spec.Holder.Session}); e != nil {
+		return &api.Error{Code: asAPIError(err).Code,
+			Message: fmt.Sprintf("%s\nand what had been begun could not be undone: %v", asAPIError(err).Message, e),
+			Hint:    fmt.Sprintf("culvert recover %s -n %s", i.Service(), i.spec.Namespace)}
+	}
+	return err
+}
+
+func (i *Intercept) start(ctx context.Context, reached func(step string), progress func(string)) error {
+	c, ns := i.c, i.spec.Namespace
+	reached(StepLease)
+	if err := c.Heartbeat(ctx, ns, i.spec.Holder.Session, i.spec.Holder.User, i.spec.Holder.Origin, nil); err != nil {
+		return err
+	}
+	i.spec.Holder.Since = c.Now().Truncate(time.Second).UTC()
+
+	// The entry is the lock: of two who want the same Service at once, one finds
+	// the other's.
+	reached(StepEntry)
+	if _, err := c.ChangeGateState(ctx, ns, i.enter); err != nil {
+		return err
+	}
+	reached(StepOrigin)
+	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	if err != nil {
+		return err
+	}
+	reached(StepGates)
+	gates := GateSpec{AgentSpec: i.spec.Gates, Name: i.Gate}
+	i.head.gates(&gates)
+	if err := c.EnsureGates(ctx, ns, gates, progress); err != nil {
+		return err
+	}
+	state, err := c.ChangeGateState(ctx, ns, func(s *intercept.State) error {
+		e, ok := s.Entries[i.Key]
+		if !ok || e.Holder.Session != i.spec.Holder.Session {
+			return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("somebody ended the intercept of %s while it was starting", i.Service()), Hint: "culvert list"}
+		}
+		for k := range e.Routes {
+			if origins != nil {
+				e.Routes[k].Origin = origins[k]
+			}
+		}
+		s.Entries[i.Key] = e
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	routes := state.Entries[i.Key].Routes
+	reached(StepPolicy)
+	notes, err := i.head.policies(ctx, i, routes)
+	if err != nil {
+		return err
+	}
+	i.Notes = append(i.Notes, notes...)
+	reached(StepPush)
+	if err := c.Push(ctx, ns, i.Gate, state); err != nil {
+		return err
+	}
+	reached(StepReach)
+	if origins != nil {
+		if err := i.reach(ctx); err != nil {
+			return err
+		}
+	}
+	reached(StepSwitch)
+	if err := i.head.lead(ctx, i, routes); err != nil {
+		return err
+	}
+	reached(StepActive)
+	return nil
+}
+
+// enter adds the entry, unless somebody else's is there.
+func (i *Intercept) enter(s *intercept.State) error {
+	if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
+		return heldBy(i.spec.Namespace, i.Service(), e.Holder)
+	}
+	ports := i.head.ports()
+	own := i.Gate != intercept.GateName // then it listens at the very ports
+	var free []uint16
+	if !own {
+		if free = AllocatePorts(s, i.Gate, len(ports)); len(free) < len(ports) {
+			return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("the gates of namespace %q have no free ports left", i.spec.Namespace), Hint: "culvert list shows who has them"}
+		}
+	}
+	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder}
+	for k, p := range ports {
+		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number)}
+		if !own {
+			r.Listen = free[k]
+		}
+		if p.Local != 0 {
+			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: i.ID, Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
+			// Each port is a target of its own at the session.
+			r.Machine.ID = PortID(i.ID, p)
+		}
+		e.Routes = append(e.Routes, r)
+	}
+	s.Entries[i.Key] = e
+	return nil
+}
+
+// PortID is the ID of one port of an intercept in intercept.Header.
+func PortID(id string, p PlanPort) string {
+	return fmt.Sprintf("%s-%d-%s", id, p.Port, p.Protocol)
+}
+
+// agentAddrs are where gates dial an agent.
+func agentAddrs(a *Agent) []string {
+	var addrs []string
+	for _, ip := range a.IPs {
+		addrs = append(addrs, net.JoinHostPort(ip.String(), strconv.Itoa(intercept.Port)))
+	}
+	return addrs
+}
+
+// SetAgent tells the gates of another pod of the session's agent.
+func (i *Intercept) SetAgent(ctx context.Context, agent *Agent) error {
+	i.spec.Agent = agent
+	want := agentAddrs(agent)
+	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
+		e, ok := s.Entries[i.Key]
+		if !ok || e.Holder.Session != i.spec.Holder.Session {
+			return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("the intercept of %s is not this session's any more", i.Service()), Hint: "culvert list"}
+		}
+		for k := range e.Routes {
+			if e.Routes[k].Machine != nil {
+				e.Routes[k].Machine.Agents = want
+			}
+		}
+		s.Entries[i.Key] = e
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return i.c.Push(ctx, i.spec.Namespace, i.Gate, state)
+}
+
+const (
+	// reachTime is how long gates try an origin that has ready endpoints: its
+	// address is new, and nodes have to learn it.
+	reachTime = 5 * time.Second
+	// reachEvery is the pause between two tries.
+	reachEvery = 100 * time.Millisecond
+)
+
+// reach has the gates dial the origin before traffic depends on them.
+func (i *Intercept) reach(ctx context.Context) error {
+	serving, err := i.c.hasReadyEndpoints(ctx, i.spec.Namespace, i.head.service())
+	if err != nil {
+		return err
+	}
+	if !serving {
+		i.Notes = append(i.Notes, fmt.Sprintf("no pod serves %s at the moment: without this machine its clients get nothing, as before", i.Service()))
+		return nil
+	}
+	for end := time.Now().Add(reachTime); ; {
+		results, err := i.c.Reach(ctx, i.spec.Namespace, i.Gate, i.Key)
+		if err != nil {
+			return err
+		}
+		var bad, refused []intercept.Reached
+		for _, r := range results {
+			switch r.Error {
+			case "":
+			case "refused":
+				refused = append(refused, r)
+			default:
+				bad = append(bad, r)
+			}
+		}
+		switch {
+		case len(bad)+len(refused) == 0:
+			return nil
+		case time.Now().Before(end):
+			select {
+			case <-time.After(reachEvery):
+			case <-ctx.Done():
+				return translate("waiting for the gates to reach the origin", ctx.Err())
+			}
+			continue
+		case len(bad) > 0 && !i.spec.Force:
+			return &api.Error{Code: api.CodeUnreachable,
+				Message: fmt.Sprintf("the gates do not reach port %d of %s where it is served now (%s): %s; nothing was changed", bad[0].Port, i.Service(), bad[0].Origin, bad[0].Error),
+				Hint:    "a NetworkPolicy or firewall may keep pods of namespace " + strconv.Quote(i.spec.Namespace) + " from it; --force goes on, and then nothing serves while this machine is away"}
+		}
+		for _, r := range append(bad, refused...) {
+			i.Notes = append(i.Notes, fmt.Sprintf("port %d of %s does not answer where it is served now (%s): without this machine its clients get nothing", r.Port, i.Service(), r.Error))
+		}
+		return nil
+	}
+}
+
+// hasReadyEndpoints tells whether some pod serves a Service.
+func (c *Cluster) hasReadyEndpoints(ctx context.Context, namespace, service string) (bool, error) {
+	slices, err := c.client.EndpointSlices(namespace).List(ctx, metav1.ListOptions{LabelSelector: "kubernetes.io/service-name=" + service})
+	if err != nil {
+		return false, translate("looking for the pods of Service "+service, err)
+	}
+	for _, s := range slices.Items {
+		for _, e := range s.Endpoints {
+			if e.Conditions.Ready == nil || *e.Conditions.Ready {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// heldBy is the error for an intercept of somebody else.
+func heldBy(namespace, service string, h intercept.Holder) error {
+	who := firstOf(h.User, "session "+h.Session)
+	return &Held{Holder: h, Err: &api.Error{
+		Code:    api.CodeExists,
+		Message: fmt.Sprintf("%s in namespace %q is intercepted by %s since %s", service, namespace, who, h.Since.Local().Format("2006-01-02 15:04:05")),
+		Hint:    "--wait waits for its end; `culvert recover " + service + "` ends it when its owner cannot",
+	}}
+}
+
+// Held is the error for what somebody else intercepts.
+type Held struct {
+	Holder intercept.Holder
+	Err    *api.Error
+}
+
+func (h *Held) Error() string { return h.Err.Error() }
+func (h *Held) Unwrap() error { return h.Err }
+
+// protocol is TCP where a Service leaves it out.
+func protocol(p corev1.Protocol) corev1.Protocol {
+	if p == "" {
+		return corev1.ProtocolTCP
+	}
+	return p
+}

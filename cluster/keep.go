@@ -1,0 +1,237 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+// Lost is the end of an intercept that somebody else brought about.
+type Lost struct{ Why string }
+
+func (l *Lost) Error() string { return l.Why }
+
+// ResumeSpec names an intercept that another process of the same session began.
+type ResumeSpec struct {
+	InterceptSpec
+	Namespace string
+	Key       string
+	ID, Token string
+}
+
+// ResumeIntercept finds an intercept again. The error is a *Lost when it is not
+// there any more, or is somebody else's.
+func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept, error) {
+	state, err := c.GateState(ctx, r.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	e, ok := state.Entries[r.Key]
+	if !ok || e.Holder.Session != r.Holder.Session {
+		return nil, &Lost{Why: "somebody ended it (`culvert recover` or `clean`) while this machine was away"}
+	}
+	i := &Intercept{c: c, spec: r.InterceptSpec, ID: r.ID, Token: r.Token, Key: r.Key, Gate: e.Gate}
+	i.spec.Namespace, i.spec.Holder = r.Namespace, e.Holder
+	switch e.Kind {
+	case intercept.Exchange:
+		service, err := c.client.Services(r.Namespace).Get(ctx, r.Key, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil, &Lost{Why: "the Service was deleted"}
+		}
+		if err != nil {
+			return nil, translate("looking at Service "+r.Key, err)
+		}
+		record, err := recordOf(service)
+		if err != nil {
+			return nil, err
+		}
+		if record == nil || record.Session != r.Holder.Session {
+			return nil, &Lost{Why: "the Service is not exchanged by this session any more"}
+		}
+		plan, err := c.resumePlan(ctx, service, record, r.Expose)
+		if err != nil {
+			return nil, err
+		}
+		i.head = &exchangeHead{c: c, plan: plan}
+	case intercept.Preview:
+		i.head = &previewHead{c: c, spec: &i.spec, list: portsOf(e)}
+	case intercept.Scale:
+		i.head = &scaleHead{c: c, key: r.Key, name: e.Service, list: portsOf(e)}
+	}
+	return i, nil
+}
+
+// portsOf are the ports of an entry, as far as it tells them.
+func portsOf(e intercept.Entry) []PlanPort {
+	var ports []PlanPort
+	for _, r := range e.Routes {
+		p := PlanPort{Name: r.Name, Protocol: protocolNamed(r.Protocol), Port: r.Port, Number: int32(r.Listen)}
+		if r.Machine != nil {
+			p.Local = r.Machine.Local
+		}
+		ports = append(ports, p)
+	}
+	return ports
+}
+
+func protocolNamed(p string) corev1.Protocol { return protocol(corev1.Protocol(p)) }
+
+// Keep watches over an intercept that was started, until ctx ends (nil), it is
+// lost (*Lost), or something else broke (then it may be called again). With
+// onConflict api.OnConflictLeave somebody's change of the Service ends it. note is
+// told what happened.
+func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(string)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 2)
+	go func() {
+		ended <- i.c.KeepGates(ctx, i.spec.Namespace, i.Gate, func() error { return i.remake(ctx, note) })
+	}()
+	waiting := 1
+	if h, ok := i.head.(*exchangeHead); ok {
+		waiting++
+		go func() { ended <- h.watch(ctx, i, onConflict, note) }()
+	}
+	var first error
+	for range waiting {
+		if err := <-ended; first == nil {
+			first = err
+		}
+		cancel()
+	}
+	if errors.Is(first, context.Canceled) {
+		return nil
+	}
+	return first
+}
+
+// remake makes gates that somebody deleted anew.
+func (i *Intercept) remake(ctx context.Context, note func(string)) error {
+	note("the gates were deleted by somebody: making them anew")
+	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
+		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
+			return &Lost{Why: "another session has it now"}
+		}
+		return i.enter(s)
+	})
+	if err != nil {
+		return err
+	}
+	gates := GateSpec{AgentSpec: i.spec.Gates, Name: i.Gate}
+	i.head.gates(&gates)
+	if err := i.c.EnsureGates(ctx, i.spec.Namespace, gates, func(string) {}); err != nil {
+		return err
+	}
+	return i.c.Push(ctx, i.spec.Namespace, i.Gate, state)
+}
+
+// watch follows the Service.
+func (h *exchangeHead) watch(ctx context.Context, i *Intercept, onConflict string, note func(string)) error {
+	for {
+		service, err := h.c.client.Services(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return &Lost{Why: "the Service was deleted"}
+		}
+		if err != nil {
+			return translate("looking at Service "+i.Key, err)
+		}
+		held, err := recordOf(service)
+		if err != nil {
+			return err
+		}
+		if held == nil {
+			held = &Record{Session: i.spec.Holder.Session} // replaced as a whole: WatchService sees what it is now
+		}
+		var change *ServiceChange
+		following, cancel := context.WithCancel(ctx)
+		err = h.c.WatchService(following, i.spec.Namespace, i.Key, *held, func(ch ServiceChange) {
+			if change == nil {
+				change = &ch
+				cancel()
+			}
+		})
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case change == nil:
+			return err
+		}
+		if err := h.changed(ctx, i, *change, onConflict, note); err != nil {
+			return err
+		}
+	}
+}
+
+// changed reacts to somebody's change of the Service.
+func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChange, onConflict string, note func(string)) error {
+	who := firstOf(ch.Manager, "somebody")
+	switch ch.Kind {
+	case Deleted:
+		return &Lost{Why: "the Service was deleted"}
+	case Taken:
+		return &Lost{Why: "another session has it now"}
+	case Released:
+		state, err := h.c.GateState(ctx, i.spec.Namespace)
+		if err != nil {
+			return err
+		}
+		if e, ok := state.Entries[i.Key]; !ok || e.Draining || e.Holder.Session != i.spec.Holder.Session {
+			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
+		}
+	}
+	if onConflict == api.OnConflictLeave {
+		return &Lost{Why: fmt.Sprintf("%s changed the Service, and theirs stays (--on-conflict leave)", who)}
+	}
+	if !h.again.allow(time.Now()) {
+		return &Lost{Why: fmt.Sprintf("%s changed the Service for the %dth time in %v, and theirs stays", who, reappliesMax+1, reappliesWithin)}
+	}
+	note(fmt.Sprintf("%s changed the Service: exchanged again, on top of that", who))
+	plan, err := h.c.Replan(ctx, h.plan, ch.Service)
+	if err != nil {
+		var e *api.Error
+		if errors.As(err, &e) && (e.Code == api.CodeUsage || e.Code == api.CodeNotFound) {
+			return &Lost{Why: fmt.Sprintf("%s changed the Service: %s", who, e.Message)}
+		}
+		return err
+	}
+	h.plan = plan
+	return i.reapply(ctx)
+}
+
+// reapply leads the Service to the gates again, as it is planned now.
+func (i *Intercept) reapply(ctx context.Context) error {
+	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	if err != nil {
+		return err
+	}
+	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
+		if err := i.enter(s); err != nil {
+			return err
+		}
+		e := s.Entries[i.Key]
+		for k := range e.Routes {
+			e.Routes[k].Origin = origins[k]
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	routes := state.Entries[i.Key].Routes
+	if _, err := i.head.policies(ctx, i, routes); err != nil {
+		return err
+	}
+	if err := i.c.Push(ctx, i.spec.Namespace, i.Gate, state); err != nil {
+		return err
+	}
+	return i.head.lead(ctx, i, routes)
+}

@@ -1,0 +1,149 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+// ServiceState is a Service, or a workload whose pods are replaced, and who has
+// its traffic. JSON of `culvert list`.
+type ServiceState struct {
+	Namespace string    `json:"namespace"`
+	Service   string    `json:"service"` // name, or KIND/NAME of a workload
+	Type      string    `json:"type,omitempty"`
+	Ports     []string  `json:"ports,omitempty"` // "80/TCP", with " -> alice:8080" where it is exposed
+	Kind      string    `json:"kind,omitempty"`  // intercept.Exchange, ...; empty: nobody intercepts it
+	User      string    `json:"user,omitempty"`
+	Session   string    `json:"session,omitempty"`
+	Since     time.Time `json:"since,omitzero"`
+	// Alive: the owner's session was seen within the last minute.
+	Alive    bool      `json:"alive"`
+	LastSeen time.Time `json:"lastSeen,omitzero"` // by the API server's clock; zero: there is no heartbeat
+	State    string    `json:"state,omitempty"`   // "active", "gone", "starting", "draining", "restored"
+}
+
+// aliveWithin is three heartbeats.
+const aliveWithin = 3 * HeartbeatEvery
+
+// List shows every Service of a namespace but culvert's own.
+func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, error) {
+	state, err := c.GateState(ctx, namespace)
+	if err != nil {
+		return nil, err
+	}
+	var all []ServiceState
+	options := metav1.ListOptions{Limit: pageSize}
+	shown := map[string]bool{}
+	for {
+		page, err := c.client.Services(namespace).List(ctx, options)
+		if err != nil {
+			return nil, translate(fmt.Sprintf("listing Services of namespace %q", namespace), err)
+		}
+		for k := range page.Items {
+			s := &page.Items[k]
+			preview := s.Annotations[AnnotationPreview] != ""
+			if s.Labels[LabelManagedBy] == "culvert" && !preview {
+				continue // an origin
+			}
+			one := ServiceState{Namespace: namespace, Service: s.Name, Type: string(s.Spec.Type)}
+			if s.Spec.ClusterIP == corev1.ClusterIPNone {
+				one.Type = "Headless"
+			}
+			entry, known := state.Entries[s.Name]
+			record, err := recordOf(s)
+			if preview {
+				record = new(Record)
+				err = json.Unmarshal([]byte(s.Annotations[AnnotationPreview]), record)
+			}
+			switch {
+			case err != nil:
+				one.Kind, one.State = intercept.Exchange, "not readable: "+err.Error()
+			case record != nil:
+				one.Kind, one.User, one.Session, one.Since = firstOf(record.Kind, entry.Kind, intercept.Exchange), record.User, record.Session, record.Since
+				one.State = "active"
+				if record.Phase == PhaseRestored {
+					one.State = "restored"
+				}
+			case known:
+				one.Kind, one.User, one.Session, one.Since = entry.Kind, entry.Holder.User, entry.Holder.Session, entry.Holder.Since
+				one.State = "starting"
+				if entry.Draining {
+					one.State = "draining"
+				}
+			}
+			for _, p := range s.Spec.Ports {
+				one.Ports = append(one.Ports, portText(p.Port, string(protocol(p.Protocol)), one.User, entry))
+			}
+			shown[s.Name] = true
+			all = append(all, one)
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			break
+		}
+	}
+	for key, e := range state.Entries {
+		if shown[key] {
+			continue
+		}
+		one := ServiceState{Namespace: namespace, Service: e.Service, Kind: e.Kind, User: e.Holder.User, Session: e.Holder.Session, Since: e.Holder.Since, State: "active"}
+		for _, r := range e.Routes {
+			one.Ports = append(one.Ports, portText(r.Port, r.Protocol, e.Holder.User, e))
+		}
+		all = append(all, one)
+	}
+	if err := c.seen(ctx, namespace, all); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(all, func(a, b ServiceState) int { return cmp.Compare(a.Service, b.Service) })
+	return all, nil
+}
+
+// seen adds when the owners' sessions were seen.
+func (c *Cluster) seen(ctx context.Context, namespace string, all []ServiceState) error {
+	known := map[string]time.Time{}
+	for k := range all {
+		one := &all[k]
+		if one.Session == "" {
+			continue
+		}
+		last, asked := known[one.Session]
+		if !asked {
+			var err error
+			if last, _, err = c.SeenSession(ctx, namespace, one.Session); err != nil {
+				return err
+			}
+			known[one.Session] = last
+		}
+		one.LastSeen = last
+		one.Alive = !last.IsZero() && c.Now().Sub(last) < aliveWithin
+		if !one.Alive && one.State == "active" {
+			one.State = "gone"
+		}
+	}
+	return nil
+}
+
+func portText(port int32, proto, user string, e intercept.Entry) string {
+	text := fmt.Sprintf("%d/%s", port, proto)
+	for _, r := range e.Routes {
+		if r.Port == port && r.Protocol == proto && r.Machine != nil {
+			text += fmt.Sprintf(" -> %s:%d", firstOf(user, "machine"), r.Machine.Local)
+		}
+	}
+	return text
+}
+
+func hostPortOf(host string, port int32) string {
+	return net.JoinHostPort(host, strconv.Itoa(int(port)))
+}

@@ -1,0 +1,202 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+// AnnotationPreview marks a Service that culvert made; its value is the Record.
+const AnnotationPreview = "culvert.dev/preview"
+
+// previewHead is a Service, and perhaps an Ingress, of culvert's own.
+type previewHead struct {
+	c    *Cluster
+	spec *InterceptSpec
+	list []PlanPort
+}
+
+func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
+	name, ns := i.spec.Target, i.spec.Namespace
+	usage := func(hint, format string, args ...any) error {
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf(format, args...), Hint: hint}
+	}
+	if bad := validation.IsDNS1035Label(name); len(bad) > 0 {
+		return usage("give a short name such as tomcat-v2", "%q is no name for a Service: %s", name, bad[0])
+	}
+	if i.spec.Host != "" {
+		if bad := validation.IsDNS1123Subdomain(i.spec.Host); len(bad) > 0 {
+			return usage("--host tomcat.example.com", "--host %q is no host name: %s", i.spec.Host, bad[0])
+		}
+	}
+	if ns == metav1.NamespaceSystem && !i.spec.Force {
+		return usage("--force, or another --namespace", "a preview in %s could stand in the cluster's way", ns)
+	}
+	there, err := c.client.Services(ns).Get(ctx, name, metav1.GetOptions{})
+	switch {
+	case err == nil && there.Labels[LabelSession] == i.spec.Holder.Session:
+		return &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("you preview %s already", name), Hint: "culvert leave " + name}
+	case err == nil && there.Annotations[AnnotationPreview] != "":
+		var r Record
+		_ = json.Unmarshal([]byte(there.Annotations[AnnotationPreview]), &r) // the names of nobody, if it is no record
+		return heldBy(ns, name, intercept.Holder{Session: r.Session, User: r.User, Since: r.Since})
+	case err == nil:
+		return &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("Service %s in namespace %q exists already", name, ns), Hint: "choose another name, or `culvert exchange " + name + "` to have its traffic"}
+	case !apierrors.IsNotFound(err):
+		return translate(fmt.Sprintf("looking for Service %s in namespace %q", name, ns), err)
+	}
+	h := &previewHead{c: c, spec: &i.spec}
+	for _, e := range i.spec.Expose {
+		port := int32(e.Local)
+		if e.Remote != "" {
+			n, err := intOf(e.Remote)
+			if err != nil {
+				return usage("--expose 8080:80", "--expose %s: the port of a new Service is a number, not %q", e, e.Remote)
+			}
+			port = n
+		}
+		p := PlanPort{Protocol: protocol(e.Protocol), Port: port, Local: e.Local}
+		p.Name = fmt.Sprintf("%s-%d", map[corev1.Protocol]string{corev1.ProtocolTCP: "tcp", corev1.ProtocolUDP: "udp"}[p.Protocol], port)
+		for _, other := range h.list {
+			if other.Port == p.Port && other.Protocol == p.Protocol {
+				return usage("each port once", "port %d of the new Service is given twice", port)
+			}
+		}
+		h.list = append(h.list, p)
+	}
+	if i.spec.Host != "" && h.list[0].Protocol != corev1.ProtocolTCP {
+		return usage("--expose 8080:80", "an Ingress leads to a TCP port")
+	}
+	i.Key, i.head = name, h
+	return nil
+}
+
+func (h *previewHead) service() string   { return h.spec.Target }
+func (h *previewHead) ports() []PlanPort { return h.list }
+func (h *previewHead) gates(*GateSpec)   {}
+
+// origin: nobody served it before.
+func (h *previewHead) origin(context.Context, string) ([]string, error) { return nil, nil }
+
+func (h *previewHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
+	spec := PolicySpec{Namespace: i.spec.Namespace, Service: h.spec.Target, Gate: i.Gate, GatePorts: gatePorts(routes), Agent: i.spec.Agent, Session: i.spec.Holder.Session}
+	_, notes, err := h.c.EnsurePolicies(ctx, spec)
+	return notes, err
+}
+
+func (h *previewHead) lead(ctx context.Context, i *Intercept, routes []intercept.Route) error {
+	r := i.record()
+	text, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encoding the record of a preview: %w", err)
+	}
+	s := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: h.spec.Target, Namespace: i.spec.Namespace,
+			Labels:      map[string]string{LabelName: "culvert-preview", LabelManagedBy: "culvert", LabelSession: r.Session},
+			Annotations: map[string]string{AnnotationPreview: string(text), AnnotationUser: r.User},
+		},
+		Spec: corev1.ServiceSpec{Selector: GateSelector(i.Gate)},
+	}
+	if h.spec.External && h.spec.Host == "" {
+		s.Spec.Type = corev1.ServiceTypeLoadBalancer
+	}
+	for k, p := range h.list {
+		s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: p.Name, Protocol: p.Protocol, Port: p.Port, TargetPort: intstr.FromInt32(int32(routes[k].Listen))})
+	}
+	made, err := h.c.client.Services(i.spec.Namespace).Create(ctx, s, metav1.CreateOptions{FieldManager: fieldManager})
+	if err != nil {
+		return translate(fmt.Sprintf("creating Service %s in namespace %q", s.Name, s.Namespace), err)
+	}
+	if h.spec.Host == "" {
+		return nil
+	}
+	// Owned by the Service: it goes with it.
+	kind := networkingv1.PathTypePrefix
+	ingress := &networkingv1.Ingress{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: s.Name, Namespace: s.Namespace, Labels: s.Labels, Annotations: map[string]string{AnnotationUser: r.User},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Service", Name: made.Name, UID: made.UID}},
+		},
+		Spec: networkingv1.IngressSpec{Rules: []networkingv1.IngressRule{{
+			Host: h.spec.Host,
+			IngressRuleValue: networkingv1.IngressRuleValue{HTTP: &networkingv1.HTTPIngressRuleValue{Paths: []networkingv1.HTTPIngressPath{{
+				Path: "/", PathType: &kind,
+				Backend: networkingv1.IngressBackend{Service: &networkingv1.IngressServiceBackend{Name: made.Name, Port: networkingv1.ServiceBackendPort{Number: h.list[0].Port}}},
+			}}}},
+		}}},
+	}
+	if h.spec.IngressClass != "" {
+		ingress.Spec.IngressClassName = &h.spec.IngressClass
+	}
+	if _, err := h.c.client.Ingresses(i.spec.Namespace).Create(ctx, ingress, metav1.CreateOptions{FieldManager: fieldManager}); err != nil {
+		return translate(fmt.Sprintf("creating Ingress %s in namespace %q", ingress.Name, ingress.Namespace), err)
+	}
+	return nil
+}
+
+// deletePreview deletes a preview's Ingress and Service.
+func (c *Cluster) deletePreview(ctx context.Context, s *corev1.Service) error {
+	ingress, err := c.client.Ingresses(s.Namespace).Get(ctx, s.Name, metav1.GetOptions{})
+	if err == nil && ingress.Labels[LabelSession] == s.Labels[LabelSession] && ingress.Labels[LabelManagedBy] == "culvert" {
+		err = c.client.Ingresses(s.Namespace).Delete(ctx, s.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &ingress.UID}})
+	}
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsForbidden(err) { // who may not see any made none
+		return translate("deleting Ingress "+s.Name, err)
+	}
+	err = c.client.Services(s.Namespace).Delete(ctx, s.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &s.UID}})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return translate("deleting Service "+s.Name, err)
+	}
+	return nil
+}
+
+// Address waits for the address that the cluster gives a preview that is seen
+// outside: of the load balancer, or of the Ingress. It is empty for one that is
+// not.
+func (i *Intercept) Address(ctx context.Context) ([]string, error) {
+	if i.spec.Kind != intercept.Preview || !i.spec.External && i.spec.Host == "" {
+		return nil, nil
+	}
+	for {
+		var found []string
+		if i.spec.Host != "" {
+			o, err := i.c.client.Ingresses(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+			if err != nil {
+				return nil, translate("waiting for the address of Ingress "+i.Key, err)
+			}
+			for _, a := range o.Status.LoadBalancer.Ingress {
+				found = append(found, "http://"+i.spec.Host+"/ at "+firstOf(a.IP, a.Hostname))
+			}
+		} else {
+			s, err := i.c.client.Services(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+			if err != nil {
+				return nil, translate("waiting for the address of Service "+i.Key, err)
+			}
+			for _, a := range s.Status.LoadBalancer.Ingress {
+				for _, p := range s.Spec.Ports {
+					found = append(found, hostPortOf(firstOf(a.IP, a.Hostname), p.Port))
+				}
+			}
+		}
+		if len(found) > 0 {
+			return found, nil
+		}
+		select {
+		case <-time.After(pollGone):
+		case <-ctx.Done():
+			return nil, translate("waiting for the preview's address", ctx.Err())
+		}
+	}
+}

@@ -1,0 +1,245 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+const (
+	// linger is how long gates go on after the traffic was led away from them:
+	// until every node knows.
+	linger = 3 * time.Second
+	// drainPoll is how often gates are asked whether connections are left.
+	drainPoll = 500 * time.Millisecond
+)
+
+// UndoSpec says what to undo and how.
+type UndoSpec struct {
+	Namespace string
+	// Key is the intercept's in the gates' state: a Service's name, or scaleKey.
+	Key string
+	// Session, if set, is whose it has to be: another's is left alone, without an
+	// error.
+	Session string
+	Drain   time.Duration     // for open connections; 0: only what is needed
+	Reached func(step string) // told each step when it begins; may be nil
+	Say     func(string)      // told what was done; may be nil
+}
+
+// Undo ends an intercept with nothing but what the cluster knows of it. First
+// the traffic is led back, then everything is deleted; a failure of the former
+// leaves the latter alone. It is idempotent: each step finds what is there.
+func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
+	if u.Reached == nil {
+		u.Reached = func(string) {}
+	}
+	if u.Say == nil {
+		u.Say = func(string) {}
+	}
+	state, err := c.GateState(ctx, u.Namespace)
+	if err != nil {
+		return err
+	}
+	entry, known := state.Entries[u.Key]
+	if known && u.Session != "" && entry.Holder.Session != u.Session {
+		return nil
+	}
+	gate := firstOf(entry.Gate, intercept.GateName)
+
+	u.Reached(StepRestore)
+	led, gates, err := c.leadBack(ctx, u)
+	if err != nil {
+		return err
+	}
+	if gates != "" {
+		gate = gates
+	}
+
+	u.Reached(StepDrain)
+	var trouble []error
+	if known {
+		trouble = append(trouble, c.drain(ctx, u, gate, led))
+	}
+	u.Reached(StepEntryRemoved)
+	last, rest, err := c.RemoveGateEntry(ctx, u.Namespace, u.Key)
+	if err != nil {
+		return errors.Join(append(trouble, err)...)
+	}
+	if known {
+		// Gates that know of nothing end at once when they are told to.
+		push, cancel := context.WithTimeout(ctx, 5*time.Second)
+		if err := c.Push(push, u.Namespace, gate, rest); err != nil && !last {
+			trouble = append(trouble, err)
+		}
+		cancel()
+	}
+	service := !strings.HasPrefix(u.Key, scalePrefix)
+	u.Reached(StepOriginDeleted)
+	if service {
+		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key))
+	}
+	u.Reached(StepPolicyDeleted)
+	if service {
+		trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key))
+	}
+	u.Reached(StepGatesGone)
+	if gate != intercept.GateName {
+		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
+	}
+	if last {
+		trouble = append(trouble, c.awaitGatesGone(ctx, u.Namespace))
+	}
+	return errors.Join(trouble...)
+}
+
+// leadBack undoes the head. led: traffic had come to the gates.
+func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate string, err error) {
+	if rest, ok := strings.CutPrefix(u.Key, scalePrefix); ok {
+		kind, name, _ := strings.Cut(rest, ".")
+		back, err := c.ScaleBack(ctx, u.Namespace, kind, name, u.Session, u.Say)
+		return back.Changed, back.Gate, err
+	}
+	service, err := c.client.Services(u.Namespace).Get(ctx, u.Key, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return false, "", nil
+	case err != nil:
+		return false, "", translate(fmt.Sprintf("looking at Service %s in namespace %q", u.Key, u.Namespace), err)
+	}
+	if service.Annotations[AnnotationPreview] != "" {
+		if u.Session != "" && service.Labels[LabelSession] != u.Session {
+			return false, "", nil
+		}
+		return true, "", c.deletePreview(ctx, service)
+	}
+	record, err := recordOf(service)
+	if err != nil || record == nil {
+		return false, "", err
+	}
+	if u.Session != "" && record.Session != u.Session {
+		return false, "", nil
+	}
+	restored, err := c.Restore(ctx, u.Namespace, u.Key)
+	if err != nil {
+		return false, "", err
+	}
+	if restored.Text != "" {
+		u.Say(restored.Text)
+	}
+	return true, record.Gate, nil
+}
+
+// drain has the gates lead new connections to the origin, and waits for the open
+// ones: at least until every node knows that the gates are out of it.
+func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) error {
+	begun := time.Now()
+	state, err := c.ChangeGateState(ctx, u.Namespace, func(s *intercept.State) error {
+		e, ok := s.Entries[u.Key]
+		if ok {
+			e.Draining = true
+			s.Entries[u.Key] = e
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if !led {
+		return nil // no connection ever came
+	}
+	push, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := c.Push(push, u.Namespace, gate, state); err != nil {
+		return err
+	}
+	u.Say("open connections are asked to end")
+	for {
+		open := 0
+		statuses, err := c.GateStatuses(ctx, u.Namespace, gate)
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+		for _, s := range statuses {
+			for _, r := range s.Routes {
+				if r.Key == u.Key {
+					open += r.OpenToMachine + r.OpenToOrigin
+				}
+			}
+		}
+		passed := time.Since(begun)
+		if passed >= linger && (open == 0 || passed >= u.Drain) {
+			return nil
+		}
+		select {
+		case <-time.After(min(drainPoll, max(linger-passed, 50*time.Millisecond))):
+		case <-ctx.Done():
+			return translate("waiting for open connections", ctx.Err())
+		}
+	}
+}
+
+// awaitGatesGone waits until the garbage collector took the gates of a ConfigMap
+// that is gone; somebody who came in meanwhile has new ones, which stay.
+func (c *Cluster) awaitGatesGone(ctx context.Context, namespace string) error {
+	for {
+		d, err := c.client.Deployments(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			break
+		}
+		if err != nil {
+			return translate("waiting for the gates to end", err)
+		}
+		if m, err := c.client.ConfigMaps(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{}); err == nil && ownedBy(d, m) {
+			return nil
+		}
+		if err := c.pauseGone(ctx, namespace); err != nil {
+			return err
+		}
+	}
+	for {
+		pods, err := c.client.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: selectorText(GateSelector(intercept.GateName))})
+		if err != nil {
+			return translate("waiting for the gates to end", err)
+		}
+		live := 0
+		for i := range pods.Items {
+			if pods.Items[i].DeletionTimestamp != nil {
+				live++
+			}
+		}
+		if live == 0 {
+			return nil
+		}
+		if err := c.pauseGone(ctx, namespace); err != nil {
+			return err
+		}
+	}
+}
+
+func (c *Cluster) pauseGone(ctx context.Context, namespace string) error {
+	select {
+	case <-time.After(pollGone / 2):
+		return nil
+	case <-ctx.Done():
+		return &api.Error{Code: api.CodeTimeout, Message: "the gates' end was asked for, but their pods are not gone yet",
+			Hint: fmt.Sprintf("`kubectl -n %s get deployment,pod -l %s=culvert` shows what is left", namespace, LabelManagedBy)}
+	}
+}
+
+// asAPIError gives any error the form that users see.
+func asAPIError(err error) *api.Error {
+	var e *api.Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return &api.Error{Code: api.CodeInternal, Message: err.Error()}
+}

@@ -1,0 +1,206 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/daemon/api"
+)
+
+// interceptFlags are those of exchange, preview and expose: what comes here, and
+// how to reach the cluster where nothing is connected yet.
+type interceptFlags struct {
+	req     api.InterceptRequest
+	connect optionFlags
+	wait    string
+}
+
+func (f *interceptFlags) add(cmd *cobra.Command, expose bool) {
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	if expose {
+		flags.StringSliceVar(&f.req.Expose, "expose", nil, "`LOCAL[:REMOTE]`: what comes for REMOTE goes to the local port LOCAL; comma-separated or repeated")
+	}
+	flags.BoolVar(&f.req.ProxyProtocol, "proxy-protocol", false, "tell the local program who calls: PROXY protocol version 2 before each connection's first byte")
+	flags.BoolVar(&f.req.Force, "force", false, "go on where this is refused for safety")
+	f.connect.add(cmd)
+}
+
+// run starts one intercept, with a session of its own if there is none.
+func (f *interceptFlags) run(ctx context.Context, a *app) error {
+	if _, err := cluster.ParseExpose(f.req.Expose); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	started := time.Now()
+	s, made, err := a.sessionFor(ctx, &f.connect)
+	if err != nil {
+		return err
+	}
+	f.req.ID = s.ID
+	if f.req.Namespace == "" {
+		f.req.Namespace = a.namespace
+	}
+	p := newProgress(a.err, terminal(a.err) && !a.json())
+	client := api.New(a.socket)
+	i, err := client.Intercept(ctx, f.req, func(step string) {
+		if !a.json() {
+			p.Step(step)
+		}
+	})
+	p.Close(err == nil)
+	if err != nil {
+		if made { // nothing else wants it
+			ctx, cancel := context.WithTimeout(context.Background(), undoWait)
+			defer cancel()
+			if e := client.Disconnect(ctx, api.DisconnectRequest{ID: s.ID}, nil); e != nil {
+				err = errors.Join(err, e)
+			}
+		}
+		if errors.Is(err, context.Canceled) {
+			return &api.Error{Code: api.CodeCanceled, Message: "cancelled; what had been begun is undone", Hint: a.name + " list"}
+		}
+		return err
+	}
+	if a.json() {
+		return a.printIndented(i)
+	}
+	a.showIntercept(i, time.Since(started))
+	return nil
+}
+
+// sessionFor finds the session that the flags mean, or makes one that leaves the
+// machine's network alone.
+func (a *app) sessionFor(ctx context.Context, o *optionFlags) (s api.Session, made bool, err error) {
+	opts, err := a.options(o)
+	if err != nil {
+		return s, false, err
+	}
+	c, err := currentCaller(a.name)
+	if err != nil {
+		return s, false, err
+	}
+	paths, err := kubeconfigPaths(a.kubeconfig, c.env, c.home)
+	if err != nil {
+		return s, false, err
+	}
+	opts.Kubeconfig = strings.Join(paths, string(filepath.ListSeparator))
+	client := api.New(a.socket)
+	all, err := client.Sessions(ctx)
+	if err != nil {
+		return s, false, cancelled(err)
+	}
+	t, err := newTarget(opts, c.env, c.home)
+	if err != nil && len(all) == 0 {
+		return s, false, err
+	}
+	// Without --context and --kubeconfig the only session is meant, whatever the
+	// kubeconfig's current context is by now.
+	named := a.context != "" || a.kubeconfig != ""
+	var fitting []api.Session
+	for _, one := range all {
+		if one.State == api.Disconnecting || one.State == api.Disconnected || one.UID != c.uid {
+			continue
+		}
+		if named && (t == nil || one.Context != t.Context || one.Server != t.Server) {
+			continue
+		}
+		fitting = append(fitting, one)
+	}
+	for _, one := range fitting {
+		if !one.InterceptOnly {
+			return one, false, nil
+		}
+	}
+	if len(fitting) > 0 {
+		return fitting[0], false, nil
+	}
+	if err != nil {
+		return s, false, err
+	}
+	if t, err = a.login(ctx, c, opts); err != nil {
+		return s, false, cancelled(err)
+	}
+	opts.Kubeconfig, opts.Context, opts.Namespace = t.Kubeconfig, t.Context, t.Namespace
+	opts.InterceptOnly = true
+	if !a.json() {
+		fmt.Fprintf(a.err, "No session to context %q: starting one for intercepts only (an agent pod in namespace %q; this machine's routes and names stay as they are).\n", t.Context, t.Namespace)
+	}
+	req := api.ConnectRequest{Options: opts, Env: c.env}
+	if c.sudo {
+		req.AsUID = c.uid
+	}
+	show, end := a.quietWatcher()
+	s, err = client.Connect(ctx, req, show)
+	end(err == nil)
+	if err != nil && ctx.Err() != nil {
+		return s, false, a.undo(client, s)
+	}
+	return s, err == nil, err
+}
+
+// quietWatcher shows the steps of connecting, but nothing as JSON: the result of
+// the command is another one.
+func (a *app) quietWatcher() (show func(api.Event), end func(bool)) {
+	if a.json() {
+		return nil, func(bool) {}
+	}
+	return a.watcher()
+}
+
+// showIntercept tells what comes here now, and how it ends.
+func (a *app) showIntercept(i api.Intercept, d time.Duration) {
+	what := map[string]string{api.KindExchange: "Exchanged", api.KindPreview: "Previewing", api.KindExpose: "Exposed"}[i.Kind]
+	name := i.Service
+	if name == "" {
+		name = "ports of the agent's pod"
+	}
+	fmt.Fprintf(a.out, "%s %s in namespace %q after %s.\n", what, name, i.Namespace, took(d))
+	t := newTable(a.out)
+	for _, p := range i.Ports {
+		from := fmt.Sprintf("port %d/%s", p.Port, p.Protocol)
+		if p.Name != "" {
+			from += " (" + p.Name + ")"
+		}
+		t.row("  "+from, "->", fmt.Sprintf("localhost:%d", p.Local))
+	}
+	t.flush()
+	for _, at := range i.Addresses {
+		fmt.Fprintf(a.out, "  %s\n", at)
+	}
+	if i.Kind == api.KindExchange {
+		if i.Mode == api.ModeScale {
+			fmt.Fprintln(a.out, "New and open connections come here; without this machine nobody serves them.")
+		} else {
+			fmt.Fprintln(a.out, "New connections come here; open ones stay where they are until they close. Without this machine its own pods serve them.")
+		}
+	}
+	for _, p := range i.Ports {
+		if !p.Listening {
+			fallback := "go to its own pods"
+			if i.Kind != api.KindExchange || i.Mode == api.ModeScale {
+				fallback = "are refused"
+			}
+			fmt.Fprintf(a.out, "warning: nothing listens at localhost:%d now; until something does, connections %s\n", p.Local, fallback)
+		}
+	}
+	for _, n := range i.Notes {
+		fmt.Fprintf(a.out, "note: %s\n", n)
+	}
+	end := i.Service
+	if end == "" && len(i.Ports) > 0 {
+		end = fmt.Sprint(i.Ports[0].Port)
+	}
+	fmt.Fprintf(a.out, "End it with `%s leave %s`; `%s list` shows how it is.\n", a.name, end, a.name)
+}
