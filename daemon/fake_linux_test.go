@@ -62,6 +62,7 @@ func fakeSession() {
 			return answer, nil, nil
 		})
 	}
+	f.intercepts()
 	conn.Handle(link.MethodSiblings, func(_ context.Context, params json.RawMessage, _ []*os.File) (any, []*os.File, error) {
 		fmt.Printf("siblings %s\n", params)
 		return nil, nil, nil
@@ -107,6 +108,16 @@ func (f *fake) run() error {
 		"remembered": f.start.Remembered, "network": f.start.Network != nil, "granted": f.start.Granted, "fds": openFiles(),
 	})
 	fmt.Printf("self %s\n", self)
+	if f.start.Revert {
+		end := api.Session{State: api.Disconnected}
+		if _, err := os.Stat("/run/home/alice/cluster-away"); err == nil {
+			end.Error = &api.Error{Code: api.CodeUnreachable, Message: "the cluster is away"}
+		}
+		os.WriteFile("/run/home/alice/reverted", []byte(f.start.ID), 0o644)
+		f.call(link.MethodStatus, end, nil)
+		f.quit <- 0
+		return nil
+	}
 	switch labels["do"] {
 	case "fail":
 		return &api.Error{Code: api.CodeForbidden, Message: "pods is forbidden\x1b[31m", Hint: "ask your admin"}

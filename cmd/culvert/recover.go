@@ -131,4 +131,3 @@ func (a *app) clean(ctx context.Context, spec cluster.CleanSpec, everywhere bool
 	}
 	return err
 }
-
