@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/internal/nearest"
 )
 
 // exitCode ends the program with a code and says nothing: what there was to say
@@ -97,7 +98,7 @@ func nearestFlag(cmd *cobra.Command, message string) string {
 	for _, f := range flagNames(cmd) {
 		known = append(known, f)
 	}
-	if near := nearest(kebab(name), known); near != "" {
+	if near := nearest.Of(kebab(name), known); near != "" {
 		return "--" + near
 	}
 	return ""
@@ -117,46 +118,7 @@ func nearestCommand(cmd *cobra.Command, message string) string {
 			known = append(known, c.Name())
 		}
 	}
-	return nearest(name, known)
-}
-
-// nearest is the known word with the fewest edits from word, or "" when none is
-// near enough to be meant.
-func nearest(word string, known []string) string {
-	best, bestDistance := "", len(word)/3+2
-	for _, k := range known {
-		d := distance(word, k)
-		if strings.HasPrefix(k, word) && len(word) > 2 {
-			d = 1
-		}
-		if d < bestDistance {
-			best, bestDistance = k, d
-		}
-	}
-	return best
-}
-
-// distance is the number of letters to insert, remove or replace to make b of a
-// (Levenshtein).
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		diagonal := row[0]
-		row[0] = i
-		for j := 1; j <= len(b); j++ {
-			above := row[j]
-			replace := diagonal
-			if a[i-1] != b[j-1] {
-				replace++
-			}
-			row[j] = min(above+1, row[j-1]+1, replace)
-			diagonal = above
-		}
-	}
-	return row[len(b)]
+	return nearest.Of(name, known)
 }
 
 // outputArg finds --output json in arguments that could not be parsed.
