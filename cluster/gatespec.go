@@ -75,9 +75,14 @@ func hashed(parts ...string) string {
 	if name == whole && len(name) <= maxName {
 		return name
 	}
-	sum := sha256.Sum256([]byte(whole))
-	const digits = 10
-	return strings.TrimRight(name[:min(len(name), maxName-1-digits)], "-") + "-" + hex.EncodeToString(sum[:digits/2])
+	sum := digest(whole)
+	return strings.TrimRight(name[:min(len(name), maxName-1-len(sum))], "-") + "-" + sum
+}
+
+// digest is a name's hash, short enough to be part of another name.
+func digest(name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return hex.EncodeToString(sum[:5])
 }
 
 // GateSelector are the labels by which Services select the pods of gates.
