@@ -81,12 +81,15 @@ func (c *Cluster) load() (*access, error) {
 	config.WarningHandlerWithContext = rest.NoWarnings{}
 
 	a := &access{config: config, identity: identity(config.CAData, server)}
-	bounded := rest.CopyConfig(config)
+	// Not of a.config: what comes through pods/proxy is a pod's answer, and no
+	// clock to trust.
+	timed := c.clock.wrap(config)
+	bounded := rest.CopyConfig(timed)
 	bounded.Timeout = requestTimeout
 	if a.client, err = newREST(bounded); err != nil {
 		return nil, err
 	}
-	if a.watch, err = newREST(config); err != nil {
+	if a.watch, err = newREST(timed); err != nil {
 		return nil, err
 	}
 	return a, nil

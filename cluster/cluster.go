@@ -44,6 +44,7 @@ type Cluster struct {
 	watch  *Client // watches, bounded by their contexts only
 	rules  *clientcmd.ClientConfigLoadingRules
 	access atomic.Pointer[access]
+	clock  clock // the API server's
 
 	// mu guards reading the kubeconfig again.
 	mu   sync.Mutex

@@ -28,7 +28,7 @@ func agentOf(name string, pod *corev1.Pod) *Agent {
 		Pod:       pod.Name,
 		UID:       string(pod.UID),
 		Node:      pod.Spec.NodeName,
-		Image:     pod.Spec.Containers[0].Image,
+		Image:     imageOf(pod),
 	}
 	for _, ip := range pod.Status.HostIPs {
 		a.HostIPs = appendAddr(a.HostIPs, ip.IP)
@@ -40,17 +40,27 @@ func agentOf(name string, pod *corev1.Pod) *Agent {
 	return a
 }
 
+// roleOf says for people what of culvert's runs in a pod.
+func roleOf(pod *corev1.Pod) string {
+	if pod.Labels[LabelGate] != "" {
+		return "gate"
+	}
+	return "agent"
+}
+
+func imageOf(pod *corev1.Pod) string { return pod.Spec.Containers[0].Image }
+
 // stepOf says for people how far a pod is.
 func stepOf(pod *corev1.Pod) string {
 	if pod.Spec.NodeName == "" {
-		return "scheduling the agent's pod"
+		return "scheduling the " + roleOf(pod) + "'s pod"
 	}
 	for _, s := range pod.Status.ContainerStatuses {
 		if s.State.Running != nil {
-			return "waiting until the agent on " + pod.Spec.NodeName + " is ready"
+			return "waiting until the " + roleOf(pod) + " on " + pod.Spec.NodeName + " is ready"
 		}
 	}
-	return "starting the agent on " + pod.Spec.NodeName
+	return "starting the " + roleOf(pod) + " on " + pod.Spec.NodeName
 }
 
 // diagnose says what keeps a pod from becoming ready, in the cluster's own
@@ -60,7 +70,7 @@ func diagnose(pod *corev1.Pod) (trouble *api.Error, patient bool) {
 		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse && c.Reason == corev1.PodReasonUnschedulable {
 			return &api.Error{
 				Code:    api.CodeAgent,
-				Message: fmt.Sprintf("the agent's pod %s cannot be scheduled: %s", pod.Name, c.Message),
+				Message: fmt.Sprintf("the %s's pod %s cannot be scheduled: %s", roleOf(pod), pod.Name, c.Message),
 				Hint:    "--node-selector chooses other nodes, --pod-quota (e.g. 0.1c,64m) asks for less",
 			}, true
 		}
@@ -80,7 +90,7 @@ func diagnose(pod *corev1.Pod) (trouble *api.Error, patient bool) {
 	if pod.Status.Phase == corev1.PodFailed {
 		return &api.Error{
 			Code:    api.CodeAgent,
-			Message: fmt.Sprintf("the agent's pod %s failed: %s", pod.Name, strings.TrimSpace(pod.Status.Reason+" "+pod.Status.Message)),
+			Message: fmt.Sprintf("the %s's pod %s failed: %s", roleOf(pod), pod.Name, strings.TrimSpace(pod.Status.Reason+" "+pod.Status.Message)),
 		}, false
 	}
 	return nil, false
@@ -89,7 +99,7 @@ func diagnose(pod *corev1.Pod) (trouble *api.Error, patient bool) {
 // diagnoseWaiting knows the kubelet's reasons that do not go away by waiting.
 func diagnoseWaiting(pod *corev1.Pod, image string, w *corev1.ContainerStateWaiting) *api.Error {
 	if image == "" {
-		image = pod.Spec.Containers[0].Image
+		image = imageOf(pod)
 	}
 	message := firstOf(w.Message, w.Reason)
 	switch w.Reason {
@@ -112,7 +122,7 @@ func diagnoseWaiting(pod *corev1.Pod, image string, w *corev1.ContainerStateWait
 		}
 		return &api.Error{
 			Code:    api.CodeAgent,
-			Message: fmt.Sprintf("the agent does not start on node %s: %s", pod.Spec.NodeName, message),
+			Message: fmt.Sprintf("the %s does not start on node %s: %s", roleOf(pod), pod.Spec.NodeName, message),
 			Hint:    hint,
 		}
 	}
@@ -124,7 +134,7 @@ func exited(pod *corev1.Pod, t *corev1.ContainerStateTerminated) *api.Error {
 	if t.Reason != "" && t.Reason != "Error" {
 		why = ", " + t.Reason
 	}
-	message := fmt.Sprintf("the agent in pod %s exited (code %d%s)", pod.Name, t.ExitCode, why)
+	message := fmt.Sprintf("the %s in pod %s exited (code %d%s)", roleOf(pod), pod.Name, t.ExitCode, why)
 	if text := strings.TrimSpace(t.Message); text != "" {
 		message += ": " + text
 	}
@@ -137,8 +147,8 @@ func exited(pod *corev1.Pod, t *corev1.ContainerStateTerminated) *api.Error {
 
 // refusedPod is what the ReplicaSet controller met when it created the pod:
 // quota, PodSecurity, a policy.
-func refusedPod(message string) *api.Error {
-	err := translateStatusText("creating the agent's pod", message)
+func refusedPod(role, message string) *api.Error {
+	err := translateStatusText("creating the "+role+"'s pod", message)
 	if err.Code == api.CodeInternal {
 		err.Code = api.CodeNamespace
 	}

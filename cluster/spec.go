@@ -27,6 +27,10 @@ const (
 	// AnnotationOrigin tells which user's daemon on which machine made it, for
 	// finding what a crash left (RemoveStale). It names neither.
 	AnnotationOrigin = "culvert.dev/origin"
+	// AnnotationHeartbeat, with the value HeartbeatLease, is on agents whose
+	// session keeps a Lease: without one they are left over.
+	AnnotationHeartbeat = "culvert.dev/heartbeat"
+	HeartbeatLease      = "lease"
 	// AnnotationSpec is a hash of the Deployment as culvert wrote it: an agent
 	// whose hash differs is replaced, not adopted.
 	AnnotationSpec = "culvert.dev/spec"
@@ -78,11 +82,7 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 	if s.Session == "" || s.Image == "" {
 		return nil, &api.Error{Code: api.CodeUsage, Message: "the agent needs a session id and an image", Hint: "use --image"}
 	}
-	resources, err := parseQuota(s.PodQuota)
-	if err != nil {
-		return nil, err
-	}
-	policy, err := parsePullPolicy(s.PullPolicy)
+	pod, err := s.podSpec()
 	if err != nil {
 		return nil, err
 	}
@@ -91,14 +91,8 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 		LabelManagedBy: "culvert",
 		LabelSession:   s.Session,
 	}
-	// Istio reads the label, older versions the annotation. A sidecar would
-	// take the agent's connections through the mesh's own rules.
-	labels := merge(s.Labels, own, map[string]string{"sidecar.istio.io/inject": "false"})
-	annotations := merge(s.Annotations, map[string]string{
-		"sidecar.istio.io/inject":                 "false",
-		"linkerd.io/inject":                       "disabled",
-		"kubectl.kubernetes.io/default-container": agentContainer,
-	})
+	labels := merge(s.Labels, own, noSidecarLabels)
+	annotations := merge(s.Annotations, noSidecarAnnotations, map[string]string{defaultContainer: agentContainer})
 	if s.User != "" {
 		annotations[AnnotationUser] = s.User
 	}
@@ -122,24 +116,47 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 			Selector:             &metav1.LabelSelector{MatchLabels: own},
 			Template: corev1.PodTemplateSpec{
 				ObjectMeta: metav1.ObjectMeta{Labels: labels, Annotations: annotations},
-				Spec:       s.podSpec(policy, resources),
+				Spec:       pod,
 			},
 		},
 	}
+	return d, stampSpec(d)
+}
+
+// stampSpec notes in AnnotationSpec how culvert wrote a Deployment.
+func stampSpec(d *appsv1.Deployment) error {
 	text, err := json.Marshal(d)
 	if err != nil {
-		return nil, fmt.Errorf("encoding the agent's Deployment: %w", err)
+		return fmt.Errorf("encoding Deployment %s: %w", d.Name, err)
 	}
 	sum := sha256.Sum256(text)
 	d.Annotations[AnnotationSpec] = hex.EncodeToString(sum[:8])
-	return d, nil
+	return nil
 }
 
-// podSpec passes PodSecurity "restricted"
+const defaultContainer = "kubectl.kubernetes.io/default-container"
+
+// Istio reads the label, older versions the annotation. A sidecar would take the
+// connections of agents and gates through the mesh's own rules.
+var (
+	noSidecarLabels      = map[string]string{"sidecar.istio.io/inject": "false"}
+	noSidecarAnnotations = map[string]string{"sidecar.istio.io/inject": "false", "linkerd.io/inject": "disabled"}
+)
+
+// podSpec is the agent's pod, of which gates are a variation. It passes
+// PodSecurity "restricted"
 // (https://kubernetes.io/docs/concepts/security/pod-security-standards/). It
 // fixes no uid: the image's USER is numeric and not 0, and OpenShift wants to
-// choose its own.
-func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRequirements) corev1.PodSpec {
+// choose its own. Its errors are *api.Error with CodeUsage.
+func (s AgentSpec) podSpec() (corev1.PodSpec, error) {
+	resources, err := parseQuota(s.PodQuota)
+	if err != nil {
+		return corev1.PodSpec{}, err
+	}
+	policy, err := parsePullPolicy(s.PullPolicy)
+	if err != nil {
+		return corev1.PodSpec{}, err
+	}
 	yes, no, grace := true, false, int64(2)
 	spec := corev1.PodSpec{
 		ServiceAccountName:            s.ServiceAccount,
@@ -186,7 +203,7 @@ func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRe
 	for _, name := range s.PullSecrets {
 		spec.ImagePullSecrets = append(spec.ImagePullSecrets, corev1.LocalObjectReference{Name: name})
 	}
-	return spec
+	return spec, nil
 }
 
 // awayFor has the agent replaced soon after its node went silent, which takes the
