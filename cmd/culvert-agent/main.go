@@ -1,6 +1,7 @@
 // Command culvert-agent is the far end of a session, in a pod of the cluster.
 //
 //	culvert-agent [agent]      serve a session
+//	culvert-agent gate         stand behind intercepted Services
 //	culvert-agent health       ask a running agent whether it is well (exec probes)
 //	culvert-agent version
 package main
@@ -38,6 +39,8 @@ func run(args []string, stderr io.Writer) int {
 	switch role {
 	case "agent":
 		return serve(args, stderr)
+	case "gate":
+		return serveGate(args, stderr)
 	case "health":
 		return health(args, stderr)
 	case "metrics":
@@ -46,7 +49,7 @@ func run(args []string, stderr io.Writer) int {
 		fmt.Println(version.Version)
 		return 0
 	}
-	fmt.Fprintf(stderr, "culvert-agent: unknown role %q: agent, health, metrics or version\n", role)
+	fmt.Fprintf(stderr, "culvert-agent: unknown role %q: agent, gate, health, metrics or version\n", role)
 	return 2
 }
 

@@ -44,9 +44,24 @@ func call(trap, fd uintptr, b []byte) (int, error) {
 func Pending(fd uintptr, limit int) (int, error) {
 	// With MSG_TRUNC the kernel does not copy what is there (tcp(7)), so it needs
 	// no place to put it.
-	const flags = syscall.MSG_PEEK | syscall.MSG_TRUNC | syscall.MSG_DONTWAIT
+	return receive(fd, nil, limit, syscall.MSG_PEEK|syscall.MSG_TRUNC|syscall.MSG_DONTWAIT)
+}
+
+// Peek copies to b what can be read from a socket now, and leaves it there; 0
+// without an error is the end, syscall.EAGAIN that there is nothing yet.
+func Peek(fd uintptr, b []byte) (int, error) {
+	return receive(fd, unsafe.Pointer(unsafe.SliceData(b)), len(b), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+}
+
+// Discard takes n bytes, or as many as there are, off a TCP socket's queue
+// without a copy (tcp(7): MSG_TRUNC).
+func Discard(fd uintptr, n int) (int, error) {
+	return receive(fd, nil, n, syscall.MSG_TRUNC|syscall.MSG_DONTWAIT)
+}
+
+func receive(fd uintptr, b unsafe.Pointer, n, flags int) (int, error) {
 	for {
-		n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, 0, uintptr(limit), flags, 0, 0)
+		n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(b), uintptr(n), uintptr(flags), 0, 0)
 		if errno == 0 {
 			return int(n), nil
 		}
