@@ -40,10 +40,8 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 		return Recovered{}, err
 	}
 	r := Recovered{Service: spec.Target}
-	var names []string
 	known := false
 	for _, s := range all {
-		names = append(names, s.Service)
 		if s.Service != key && scaleKeyOf(s.Service) != key {
 			continue
 		}
@@ -56,7 +54,8 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 		}
 	}
 	if !known && !strings.HasPrefix(key, scalePrefix) {
-		return r, c.noService(spec.Namespace, spec.Target, names)
+		_, err := c.findService(ctx, spec.Namespace, key) // it knows what may be meant
+		return r, err
 	}
 	// Also when nothing seems to be there: what is left of a half undone one goes.
 	return r, c.Undo(ctx, UndoSpec{Namespace: spec.Namespace, Key: key, Drain: spec.Drain, Say: spec.Say})

@@ -4,6 +4,11 @@ import (
 	"context"
 	"net"
 	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
@@ -11,8 +16,9 @@ import (
 
 // exchangeHead is a Service whose selector leads to the gates.
 type exchangeHead struct {
-	c    *Cluster
-	plan *ServicePlan
+	c     *Cluster
+	plan  *ServicePlan
+	again reapplies // when somebody's change was overwritten
 }
 
 func (c *Cluster) planExchangeHead(ctx context.Context, i *Intercept) error {
@@ -24,16 +30,11 @@ func (c *Cluster) planExchangeHead(ctx context.Context, i *Intercept) error {
 		if r.Session == i.spec.Holder.Session {
 			return &api.Error{Code: api.CodeExists, Message: "you intercept Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
 		}
-		return heldBy(plan.Namespace, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
+		return heldBy(plan.Namespace, plan.Name, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
 	}
 	i.spec.Namespace, i.Key, i.Notes = plan.Namespace, plan.Name, plan.Notes
 	if plan.Headless {
-		i.Gate = ownGateName(plan.Name)
-		for _, p := range plan.Ports {
-			if p.Number == 0 {
-				return &api.Error{Code: api.CodeUsage, Message: "Service " + plan.Name + " is headless and none of its pods tells the number of target port " + p.TargetPort.String(), Hint: "--mode scale"}
-			}
-		}
+		i.Gate = OwnGate(plan.Name)
 	}
 	i.head = &exchangeHead{c: c, plan: plan}
 	return nil
@@ -41,7 +42,22 @@ func (c *Cluster) planExchangeHead(ctx context.Context, i *Intercept) error {
 
 func (h *exchangeHead) service() string   { return h.plan.Name }
 func (h *exchangeHead) ports() []PlanPort { return h.plan.Ports }
-func (h *exchangeHead) gates(*GateSpec)   {}
+func (h *exchangeHead) mapping() []string { return h.plan.Mapping() }
+
+func (h *exchangeHead) gates(g *GateSpec) {
+	if h.plan.Headless {
+		g.Ports = containerPorts(h.plan.Ports)
+	}
+}
+
+// containerPorts declares ports with their names: what selects pods may use those.
+func containerPorts(ports []PlanPort) []corev1.ContainerPort {
+	var all []corev1.ContainerPort
+	for _, p := range ports {
+		all = append(all, corev1.ContainerPort{ContainerPort: p.Number, Protocol: p.Protocol})
+	}
+	return all
+}
 
 func (h *exchangeHead) origin(ctx context.Context, session string) ([]string, error) {
 	s, err := h.c.EnsureOrigin(ctx, h.plan, session)
@@ -56,13 +72,42 @@ func (h *exchangeHead) origin(ctx context.Context, session string) ([]string, er
 }
 
 func (h *exchangeHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
-	_, notes, err := h.c.EnsurePolicies(ctx, policySpec(h.plan, i, routes))
+	spec := i.policySpec(routes)
+	spec.OriginSelector = h.plan.below.Spec.Selector
+	for k, p := range h.plan.Ports {
+		spec.Ports[k].Target = p.TargetPort
+	}
+	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, spec)
 	return notes, err
 }
 
 func (h *exchangeHead) lead(ctx context.Context, i *Intercept, routes []intercept.Route) error {
-	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), gatePorts(routes), i.record())
+	r := i.record()
+	r.Reapplied = h.again
+	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), gatePorts(routes), r)
 	return err
+}
+
+func (h *exchangeHead) led(ctx context.Context, i *Intercept) (bool, error) {
+	service, err := h.c.client.Services(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, translate("looking at Service "+i.Key, err)
+	}
+	r, err := RecordOf(service)
+	return r != nil && r.Session == i.spec.Holder.Session && r.Phase == PhaseActive, err
+}
+
+// policySpec is what all kinds have in common.
+func (i *Intercept) policySpec(routes []intercept.Route) PolicySpec {
+	spec := PolicySpec{Service: i.Key, Session: i.spec.Holder.Session, Gate: i.Gate, AgentNamespace: i.spec.Agent.Namespace,
+		AgentLabels: map[string]string{LabelName: agentApp, LabelManagedBy: "culvert", LabelSession: i.spec.Holder.Session}}
+	for _, r := range routes {
+		spec.Ports = append(spec.Ports, PolicyPort{Protocol: protocolNamed(r.Protocol), Gate: r.Listen})
+	}
+	return spec
 }
 
 // record is what undo will need; Switch adds what the Service is now.
@@ -78,4 +123,12 @@ func gatePorts(routes []intercept.Route) map[PortKey]uint16 {
 		ports[PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}] = r.Listen
 	}
 	return ports
+}
+
+// reapplied is when changes of others were overwritten.
+func (p *ServicePlan) reapplied() []time.Time {
+	if p.Record == nil {
+		return nil
+	}
+	return p.Record.Reapplied
 }

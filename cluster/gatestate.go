@@ -207,9 +207,6 @@ func (c *Cluster) writeGateState(ctx context.Context, namespace string, present 
 	return err
 }
 
-// fieldManager is culvert's name in managedFields.
-const fieldManager = "culvert"
-
 // errLostRace: somebody else changed, made or removed it first.
 var errLostRace = fmt.Errorf("somebody else changes it all the time")
 

@@ -45,6 +45,8 @@ type Intercept struct {
 	Key       string // in the gates' state
 	Gate      string // the Deployment that serves it
 	Notes     []string
+
+	undone bool // Start failed and left nothing
 }
 
 // head is what leads traffic to the gates: where the kinds of intercepts differ.
@@ -52,8 +54,10 @@ type Intercept struct {
 type head interface {
 	// service is its name for people and in the gates' state.
 	service() string
-	// ports are all that the gates serve, exposed or not.
+	// ports are all that the gates serve, exposed or not, and mapping says where
+	// each leads.
 	ports() []PlanPort
+	mapping() []string
 	// gates changes the gates' Deployment to what this head needs.
 	gates(*GateSpec)
 	// origin makes what the gates lead to when the machine does not answer, and
@@ -61,8 +65,10 @@ type head interface {
 	origin(ctx context.Context, session string) ([]string, error)
 	// policies opens the way through NetworkPolicies and returns notes.
 	policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error)
-	// lead leads the traffic to the gates.
+	// lead leads the traffic to the gates. It is idempotent.
 	lead(ctx context.Context, i *Intercept, routes []intercept.Route) error
+	// led tells whether it still is.
+	led(ctx context.Context, i *Intercept) (bool, error)
 }
 
 // The steps of Start and Undo, in order. Tests end a session at each of them.
@@ -149,13 +155,36 @@ func (i *Intercept) Start(ctx context.Context, reached func(step string), progre
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
-	if e := i.c.Undo(undo, UndoSpec{Namespace: i.spec.Namespace, Key: i.Key, Session: i.spec.Holder.Session}); e != nil {
+	if e := i.undo(undo); e != nil {
 		return &api.Error{Code: asAPIError(err).Code,
 			Message: fmt.Sprintf("%s\nand what had been begun could not be undone: %v", asAPIError(err).Message, e),
 			Hint:    fmt.Sprintf("culvert recover %s -n %s", i.Service(), i.spec.Namespace)}
 	}
 	return err
 }
+
+// undo takes back what Start did.
+func (i *Intercept) undo(ctx context.Context) error {
+	err := i.c.Undo(ctx, UndoSpec{Namespace: i.spec.Namespace, Key: i.Key, Session: i.spec.Holder.Session})
+	i.undone = err == nil
+	return err
+}
+
+// Cancel takes back a Start that succeeded.
+func (i *Intercept) Cancel() error {
+	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
+	defer cancel()
+	return i.undo(ctx)
+}
+
+// Undone says that a Start which failed, or was cancelled, left nothing.
+func (i *Intercept) Undone() bool { return i.undone }
+
+// Since is when it started, by the API server's clock.
+func (i *Intercept) Since() time.Time { return i.spec.Holder.Since }
+
+// Mapping says for people where each port leads.
+func (i *Intercept) Mapping() []string { return i.head.mapping() }
 
 func (i *Intercept) start(ctx context.Context, reached func(step string), progress func(string)) error {
 	c, ns := i.c, i.spec.Namespace
@@ -177,23 +206,16 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		return err
 	}
 	reached(StepGates)
-	gates := GateSpec{AgentSpec: i.spec.Gates, Name: i.Gate}
+	gates := GateSpec{Agent: i.spec.Gates, Name: i.Gate}
 	i.head.gates(&gates)
 	if err := c.EnsureGates(ctx, ns, gates, progress); err != nil {
 		return err
 	}
 	state, err := c.ChangeGateState(ctx, ns, func(s *intercept.State) error {
-		e, ok := s.Entries[i.Key]
-		if !ok || e.Holder.Session != i.spec.Holder.Session {
+		if e, ok := s.Entries[i.Key]; !ok || e.Draining {
 			return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("somebody ended the intercept of %s while it was starting", i.Service()), Hint: "culvert list"}
 		}
-		for k := range e.Routes {
-			if origins != nil {
-				e.Routes[k].Origin = origins[k]
-			}
-		}
-		s.Entries[i.Key] = e
-		return nil
+		return i.fill(s, origins)
 	})
 	if err != nil {
 		return err
@@ -223,10 +245,16 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	return nil
 }
 
-// enter adds the entry, unless somebody else's is there.
+// enter adds the entry, unless somebody else's is there. Ports that it had before
+// keep theirs at the gates: connections may be open there.
 func (i *Intercept) enter(s *intercept.State) error {
-	if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
-		return heldBy(i.spec.Namespace, i.Service(), e.Holder)
+	before, ok := s.Entries[i.Key]
+	if ok && before.Holder.Session != i.spec.Holder.Session {
+		return heldBy(i.spec.Namespace, i.Service(), i.Key, before.Holder)
+	}
+	had := map[PortKey]uint16{}
+	for _, r := range before.Routes {
+		had[PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}] = r.Listen
 	}
 	ports := i.head.ports()
 	own := i.Gate != intercept.GateName // then it listens at the very ports
@@ -239,13 +267,15 @@ func (i *Intercept) enter(s *intercept.State) error {
 	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder}
 	for k, p := range ports {
 		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number)}
-		if !own {
+		switch {
+		case own:
+		case had[p.Key()] != 0:
+			r.Listen = had[p.Key()]
+		default:
 			r.Listen = free[k]
 		}
 		if p.Local != 0 {
-			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: i.ID, Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
-			// Each port is a target of its own at the session.
-			r.Machine.ID = PortID(i.ID, p)
+			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, p), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
 		}
 		e.Routes = append(e.Routes, r)
 	}
@@ -253,7 +283,8 @@ func (i *Intercept) enter(s *intercept.State) error {
 	return nil
 }
 
-// PortID is the ID of one port of an intercept in intercept.Header.
+// PortID is the ID of one port of an intercept in intercept.Header: each is a
+// target of its own at the session.
 func PortID(id string, p PlanPort) string {
 	return fmt.Sprintf("%s-%d-%s", id, p.Port, p.Protocol)
 }
@@ -362,9 +393,9 @@ func (c *Cluster) hasReadyEndpoints(ctx context.Context, namespace, service stri
 }
 
 // heldBy is the error for an intercept of somebody else.
-func heldBy(namespace, service string, h intercept.Holder) error {
+func heldBy(namespace, service, key string, h intercept.Holder) error {
 	who := firstOf(h.User, "session "+h.Session)
-	return &Held{Holder: h, Err: &api.Error{
+	return &Held{Namespace: namespace, Key: key, Holder: h, Err: &api.Error{
 		Code:    api.CodeExists,
 		Message: fmt.Sprintf("%s in namespace %q is intercepted by %s since %s", service, namespace, who, h.Since.Local().Format("2006-01-02 15:04:05")),
 		Hint:    "--wait waits for its end; `culvert recover " + service + "` ends it when its owner cannot",
@@ -373,8 +404,9 @@ func heldBy(namespace, service string, h intercept.Holder) error {
 
 // Held is the error for what somebody else intercepts.
 type Held struct {
-	Holder intercept.Holder
-	Err    *api.Error
+	Namespace, Key string
+	Holder         intercept.Holder
+	Err            *api.Error
 }
 
 func (h *Held) Error() string { return h.Err.Error() }

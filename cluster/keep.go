@@ -49,7 +49,7 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		if err != nil {
 			return nil, translate("looking at Service "+r.Key, err)
 		}
-		record, err := recordOf(service)
+		record, err := RecordOf(service)
 		if err != nil {
 			return nil, err
 		}
@@ -92,9 +92,7 @@ func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(strin
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan error, 2)
-	go func() {
-		ended <- i.c.KeepGates(ctx, i.spec.Namespace, i.Gate, func() error { return i.remake(ctx, note) })
-	}()
+	go func() { ended <- i.keepGates(ctx, note) }()
 	waiting := 1
 	if h, ok := i.head.(*exchangeHead); ok {
 		waiting++
@@ -113,14 +111,52 @@ func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(strin
 	return first
 }
 
-// remake makes gates that somebody deleted anew.
-func (i *Intercept) remake(ctx context.Context, note func(string)) error {
-	note("the gates were deleted by somebody: making them anew")
+// keepGates keeps the gates informed, and makes them anew when they are gone.
+func (i *Intercept) keepGates(ctx context.Context, note func(string)) error {
+	for {
+		following, cancel := context.WithCancel(ctx)
+		gone := make(chan string, 1)
+		ended := make(chan error, 1)
+		go func() {
+			ended <- i.c.KeepGates(following, i.spec.Namespace, i.Gate, func(what string) {
+				select {
+				case gone <- what:
+				default:
+				}
+			})
+		}()
+		select {
+		case err := <-ended:
+			cancel()
+			return err
+		case what := <-gone:
+			cancel()
+			<-ended
+			note(what + " of the gates was deleted by somebody: made anew")
+		}
+		if err := i.remake(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// remake makes the gates anew, as long as traffic is led to them.
+func (i *Intercept) remake(ctx context.Context) error {
+	switch led, err := i.head.led(ctx, i); {
+	case err != nil:
+		return err
+	case !led:
+		return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
+	}
+	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	if err != nil {
+		return err
+	}
 	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
 		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
 			return &Lost{Why: "another session has it now"}
 		}
-		return i.enter(s)
+		return i.fill(s, origins)
 	})
 	if err != nil {
 		return err
@@ -130,7 +166,10 @@ func (i *Intercept) remake(ctx context.Context, note func(string)) error {
 	if err := i.c.EnsureGates(ctx, i.spec.Namespace, gates, func(string) {}); err != nil {
 		return err
 	}
-	return i.c.Push(ctx, i.spec.Namespace, i.Gate, state)
+	if err := i.c.Push(ctx, i.spec.Namespace, i.Gate, state); err != nil {
+		return err
+	}
+	return i.head.lead(ctx, i, state.Entries[i.Key].Routes) // their ports may be others
 }
 
 // watch follows the Service.
@@ -143,7 +182,7 @@ func (h *exchangeHead) watch(ctx context.Context, i *Intercept, onConflict strin
 		if err != nil {
 			return translate("looking at Service "+i.Key, err)
 		}
-		held, err := recordOf(service)
+		held, err := RecordOf(service)
 		if err != nil {
 			return err
 		}
@@ -191,8 +230,9 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 	if onConflict == api.OnConflictLeave {
 		return &Lost{Why: fmt.Sprintf("%s changed the Service, and theirs stays (--on-conflict leave)", who)}
 	}
-	if !h.again.allow(time.Now()) {
-		return &Lost{Why: fmt.Sprintf("%s changed the Service for the %dth time in %v, and theirs stays", who, reappliesMax+1, reappliesWithin)}
+	again, ok := reapplies(h.plan.reapplied()).add(h.c.Now())
+	if !ok {
+		return &Lost{Why: fmt.Sprintf("%s changed the Service again, after %d times within %v, and theirs stays", who, maxReapplies, reapplyWindow)}
 	}
 	note(fmt.Sprintf("%s changed the Service: exchanged again, on top of that", who))
 	plan, err := h.c.Replan(ctx, h.plan, ch.Service)
@@ -203,8 +243,22 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 		}
 		return err
 	}
-	h.plan = plan
+	h.plan, h.again = plan, again
 	return i.reapply(ctx)
+}
+
+// fill enters an intercept with the addresses of its origin.
+func (i *Intercept) fill(s *intercept.State, origins []string) error {
+	if err := i.enter(s); err != nil {
+		return err
+	}
+	e := s.Entries[i.Key]
+	for k := range e.Routes {
+		if origins != nil {
+			e.Routes[k].Origin = origins[k]
+		}
+	}
+	return nil
 }
 
 // reapply leads the Service to the gates again, as it is planned now.
@@ -213,16 +267,7 @@ func (i *Intercept) reapply(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
-		if err := i.enter(s); err != nil {
-			return err
-		}
-		e := s.Entries[i.Key]
-		for k := range e.Routes {
-			e.Routes[k].Origin = origins[k]
-		}
-		return nil
-	})
+	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error { return i.fill(s, origins) })
 	if err != nil {
 		return err
 	}

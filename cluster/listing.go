@@ -61,7 +61,7 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 				one.Type = "Headless"
 			}
 			entry, known := state.Entries[s.Name]
-			record, err := recordOf(s)
+			record, err := RecordOf(s)
 			if preview {
 				record = new(Record)
 				err = json.Unmarshal([]byte(s.Annotations[AnnotationPreview]), record)
@@ -102,15 +102,15 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 		}
 		all = append(all, one)
 	}
-	if err := c.seen(ctx, namespace, all); err != nil {
+	if err := c.addSeen(ctx, namespace, all); err != nil {
 		return nil, err
 	}
 	slices.SortFunc(all, func(a, b ServiceState) int { return cmp.Compare(a.Service, b.Service) })
 	return all, nil
 }
 
-// seen adds when the owners' sessions were seen.
-func (c *Cluster) seen(ctx context.Context, namespace string, all []ServiceState) error {
+// addSeen adds when the owners' sessions were seen.
+func (c *Cluster) addSeen(ctx context.Context, namespace string, all []ServiceState) error {
 	known := map[string]time.Time{}
 	for k := range all {
 		one := &all[k]

@@ -50,7 +50,7 @@ func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
 	case err == nil && there.Annotations[AnnotationPreview] != "":
 		var r Record
 		_ = json.Unmarshal([]byte(there.Annotations[AnnotationPreview]), &r) // the names of nobody, if it is no record
-		return heldBy(ns, name, intercept.Holder{Session: r.Session, User: r.User, Since: r.Since})
+		return heldBy(ns, name, name, intercept.Holder{Session: r.Session, User: r.User, Since: r.Since})
 	case err == nil:
 		return &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("Service %s in namespace %q exists already", name, ns), Hint: "choose another name, or `culvert exchange " + name + "` to have its traffic"}
 	case !apierrors.IsNotFound(err):
@@ -86,12 +86,27 @@ func (h *previewHead) service() string   { return h.spec.Target }
 func (h *previewHead) ports() []PlanPort { return h.list }
 func (h *previewHead) gates(*GateSpec)   {}
 
+func (h *previewHead) mapping() []string {
+	var lines []string
+	for _, p := range h.list {
+		lines = append(lines, fmt.Sprintf("port %d/%s -> localhost:%d", p.Port, p.Protocol, p.Local))
+	}
+	return lines
+}
+
+func (h *previewHead) led(ctx context.Context, i *Intercept) (bool, error) {
+	s, err := h.c.client.Services(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && s.Labels[LabelSession] == i.spec.Holder.Session, translate("looking at Service "+i.Key, err)
+}
+
 // origin: nobody served it before.
 func (h *previewHead) origin(context.Context, string) ([]string, error) { return nil, nil }
 
 func (h *previewHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
-	spec := PolicySpec{Namespace: i.spec.Namespace, Service: h.spec.Target, Gate: i.Gate, GatePorts: gatePorts(routes), Agent: i.spec.Agent, Session: i.spec.Holder.Session}
-	_, notes, err := h.c.EnsurePolicies(ctx, spec)
+	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, i.policySpec(routes))
 	return notes, err
 }
 
@@ -116,6 +131,11 @@ func (h *previewHead) lead(ctx context.Context, i *Intercept, routes []intercept
 		s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: p.Name, Protocol: p.Protocol, Port: p.Port, TargetPort: intstr.FromInt32(int32(routes[k].Listen))})
 	}
 	made, err := h.c.client.Services(i.spec.Namespace).Create(ctx, s, metav1.CreateOptions{FieldManager: fieldManager})
+	if apierrors.IsAlreadyExists(err) {
+		if made, err = h.c.again(ctx, s); err == nil && made == nil {
+			return &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("Service %s in namespace %q was made by somebody else meanwhile", s.Name, s.Namespace), Hint: "choose another name"}
+		}
+	}
 	if err != nil {
 		return translate(fmt.Sprintf("creating Service %s in namespace %q", s.Name, s.Namespace), err)
 	}
@@ -140,10 +160,24 @@ func (h *previewHead) lead(ctx context.Context, i *Intercept, routes []intercept
 	if h.spec.IngressClass != "" {
 		ingress.Spec.IngressClassName = &h.spec.IngressClass
 	}
-	if _, err := h.c.client.Ingresses(i.spec.Namespace).Create(ctx, ingress, metav1.CreateOptions{FieldManager: fieldManager}); err != nil {
+	if _, err := h.c.client.Ingresses(i.spec.Namespace).Create(ctx, ingress, metav1.CreateOptions{FieldManager: fieldManager}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return translate(fmt.Sprintf("creating Ingress %s in namespace %q", ingress.Name, ingress.Namespace), err)
 	}
 	return nil
+}
+
+// again leads a preview that is there already to the gates' ports as they are now;
+// nil: it is somebody else's.
+func (c *Cluster) again(ctx context.Context, want *corev1.Service) (*corev1.Service, error) {
+	live, err := c.client.Services(want.Namespace).Get(ctx, want.Name, metav1.GetOptions{})
+	if err != nil || live.Labels[LabelSession] != want.Labels[LabelSession] || len(live.Spec.Ports) != len(want.Spec.Ports) {
+		return nil, err
+	}
+	var ops []patchOp
+	for k, p := range want.Spec.Ports {
+		ops = append(ops, set(fmt.Sprintf("/spec/ports/%d/targetPort", k), p.TargetPort))
+	}
+	return c.patchService(ctx, live, append(ops, set("/spec/selector", want.Spec.Selector)))
 }
 
 // deletePreview deletes a preview's Ingress and Service.

@@ -9,6 +9,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
@@ -56,6 +57,12 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	gate := firstOf(entry.Gate, intercept.GateName)
 
 	u.Reached(StepRestore)
+	var trouble []error
+	if known {
+		// Before the Service is led back: whoever watches over it sees that this is
+		// no accident, and does not lead it to the gates again.
+		trouble = append(trouble, c.markDraining(ctx, u))
+	}
 	led, gates, err := c.leadBack(ctx, u)
 	if err != nil {
 		return err
@@ -65,7 +72,6 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	}
 
 	u.Reached(StepDrain)
-	var trouble []error
 	if known {
 		trouble = append(trouble, c.drain(ctx, u, gate, led))
 	}
@@ -121,40 +127,47 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate stri
 		}
 		return true, "", c.deletePreview(ctx, service)
 	}
-	record, err := recordOf(service)
+	record, err := RecordOf(service)
 	if err != nil || record == nil {
 		return false, "", err
 	}
 	if u.Session != "" && record.Session != u.Session {
 		return false, "", nil
 	}
-	restored, err := c.Restore(ctx, u.Namespace, u.Key)
+	restored, err := c.Restore(ctx, u.Namespace, u.Key, u.Session)
 	if err != nil {
 		return false, "", err
 	}
-	if restored.Text != "" {
-		u.Say(restored.Text)
+	for _, done := range restored.Done {
+		u.Say(done)
+	}
+	for _, theirs := range restored.Theirs {
+		u.Say(theirs + " is somebody else's and stays")
 	}
 	return true, record.Gate, nil
 }
 
-// drain has the gates lead new connections to the origin, and waits for the open
-// ones: at least until every node knows that the gates are out of it.
-func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) error {
-	begun := time.Now()
-	state, err := c.ChangeGateState(ctx, u.Namespace, func(s *intercept.State) error {
-		e, ok := s.Entries[u.Key]
-		if ok {
+func (c *Cluster) markDraining(ctx context.Context, u UndoSpec) error {
+	_, err := c.ChangeGateState(ctx, u.Namespace, func(s *intercept.State) error {
+		if e, ok := s.Entries[u.Key]; ok {
 			e.Draining = true
 			s.Entries[u.Key] = e
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
+	return err
+}
+
+// drain has the gates lead new connections to the origin, and waits for the open
+// ones: at least until every node knows that the gates are out of it.
+func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) error {
 	if !led {
 		return nil // no connection ever came
+	}
+	begun := time.Now()
+	state, err := c.GateState(ctx, u.Namespace)
+	if err != nil {
+		return err
 	}
 	push, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -206,7 +219,7 @@ func (c *Cluster) awaitGatesGone(ctx context.Context, namespace string) error {
 		}
 	}
 	for {
-		pods, err := c.client.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: selectorText(GateSelector(intercept.GateName))})
+		pods, err := c.client.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.SelectorFromSet(GateSelector(intercept.GateName)).String()})
 		if err != nil {
 			return translate("waiting for the gates to end", err)
 		}
