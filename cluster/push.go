@@ -23,9 +23,10 @@ import (
 )
 
 const (
-	// gateTimeout bounds one request to a gate. A port-forward is open after a few
-	// round trips; a gate answers at once, but for reach, which dials.
-	gateTimeout = 5 * time.Second
+	// gateTimeout bounds one request to a gate: a port-forward is open after a few
+	// round trips, and a gate answers at once. To reach, it dials first.
+	gateTimeout  = 5 * time.Second
+	reachOrigins = 15 * time.Second
 	// pushAgain is the pause before a gate that did not take a State is asked again.
 	pushAgain = 200 * time.Millisecond
 	// straggle is how much longer pods that are not ready may take than the others.
@@ -36,9 +37,19 @@ const (
 	maxGateCalls = 16
 )
 
+// Paths of the control API, see intercept.GatePort.
+const (
+	pathState = "/v1/state"
+	pathReach = "/v1/reach"
+)
+
 // callGate makes one request of the control API by a port-forward of its own.
 func (c *Cluster) callGate(ctx context.Context, namespace, pod, method, path string, in, out any) error {
-	ctx, cancel := context.WithTimeout(ctx, gateTimeout)
+	limit := gateTimeout
+	if path == pathReach {
+		limit = reachOrigins
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var body io.Reader
 	if in != nil {
@@ -164,7 +175,7 @@ func (c *Cluster) pushOnce(ctx context.Context, pods []*corev1.Pod, s *intercept
 	}
 	eachGate(todo, func(pod *corev1.Pod) {
 		var status intercept.GateStatus
-		err := c.callGate(ctx, pod.Namespace, pod.Name, http.MethodPut, "/v1/state", s, &status)
+		err := c.callGate(ctx, pod.Namespace, pod.Name, http.MethodPut, pathState, s, &status)
 		if err == nil {
 			err = obeys(pod.Name, status, s)
 		}
@@ -214,7 +225,7 @@ func (c *Cluster) GateStatuses(ctx context.Context, namespace, gate string) (map
 	all := map[string]intercept.GateStatus{}
 	eachGate(pods, func(pod *corev1.Pod) {
 		var status intercept.GateStatus
-		err := c.callGate(ctx, namespace, pod.Name, http.MethodGet, "/v1/state", nil, &status)
+		err := c.callGate(ctx, namespace, pod.Name, http.MethodGet, pathState, nil, &status)
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil {
@@ -246,7 +257,7 @@ func (c *Cluster) Reach(ctx context.Context, namespace, gate, key string) ([]int
 	worst := map[int32]intercept.Reached{}
 	eachGate(pods, func(pod *corev1.Pod) {
 		var reached []intercept.Reached
-		err := c.callGate(ctx, namespace, pod.Name, http.MethodPost, "/v1/reach", intercept.ReachRequest{Key: key}, &reached)
+		err := c.callGate(ctx, namespace, pod.Name, http.MethodPost, pathReach, intercept.ReachRequest{Key: key}, &reached)
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil {
