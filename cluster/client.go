@@ -109,6 +109,11 @@ func (c *Client) StatefulSets(namespace string) Objects[*appsv1.StatefulSet, *ap
 	return objects[appsv1.StatefulSet, appsv1.StatefulSetList](c, "/apis/apps/v1", namespace, "statefulsets")
 }
 
+// DaemonSets are those of a namespace, or all for "".
+func (c *Client) DaemonSets(namespace string) Objects[*appsv1.DaemonSet, *appsv1.DaemonSetList] {
+	return objects[appsv1.DaemonSet, appsv1.DaemonSetList](c, "/apis/apps/v1", namespace, "daemonsets")
+}
+
 // ReplicaSets are those of a namespace, or all for "".
 func (c *Client) ReplicaSets(namespace string) Objects[*appsv1.ReplicaSet, *appsv1.ReplicaSetList] {
 	return objects[appsv1.ReplicaSet, appsv1.ReplicaSetList](c, "/apis/apps/v1", namespace, "replicasets")
