@@ -128,6 +128,9 @@ func TestDatagram(t *testing.T) {
 	if _, err := ReadDatagram(strings.NewReader("\x00\x05hel"), buf); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("one that ends early: %v", err)
 	}
+	if _, err := ReadDatagram(strings.NewReader("\xff\xff"+strings.Repeat("d", 65535)), make([]byte, 65535)); err == nil {
+		t.Error("one that UDP cannot carry is read")
+	}
 	if n := testing.AllocsPerRun(100, func() { b.Reset(); _ = WriteDatagram(&b, buf[:1000], scratch) }); n > 0 {
 		t.Errorf("with scratch space %v allocations", n)
 	}
