@@ -55,7 +55,7 @@ func (s *Session) openTunnel() error {
 	s.mu.Lock()
 	s.tunnel, s.local, s.bind, s.key = tunnel, local, bind, key
 	s.mu.Unlock()
-	return nil
+	return s.inbound.attach(local)
 }
 
 // dialAgent opens a stream to the agent's pod and adopts it.
@@ -279,6 +279,7 @@ func (s *Session) reconnect(ctx context.Context, tries int, away time.Duration) 
 	s.mu.Unlock()
 	if orphaned { // after the ping: before there are keys only a few packets may wait
 		s.log.Info("connections through the old agent are told", "connections", local.Challenge())
+		local.ResetInbound()
 	}
 	if s.options.InterceptOnly {
 		return s.network.apply(ctx, false)

@@ -46,6 +46,7 @@ type Session struct {
 	cluster *cluster.Cluster
 	network network
 	names   names
+	inbound *inbound // connections from the cluster
 
 	intercepts *intercepts
 
@@ -99,6 +100,7 @@ func newSession(conn *link.Conn) *Session {
 	s := &Session{conn: conn, log: slog.Default(), disconnect: make(chan struct{}), hurry: make(chan struct{}, 1),
 		met: make(chan struct{}, 1), metUDP: make(chan struct{}, 1), switched: make(chan struct{}, 1), lanes: make(chan struct{}, 1)}
 	s.status = &status{conn: conn}
+	s.inbound = newInbound(s.log)
 	s.network.session = s
 	s.names.session = s
 	s.intercepts = newIntercepts(s)

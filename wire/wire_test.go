@@ -192,58 +192,6 @@ func TestUnsolicited(t *testing.T) {
 	}
 }
 
-// TestInbound: connections from the cluster end at local targets.
-func TestInbound(t *testing.T) {
-	in := netip.MustParseAddr("10.77.0.3")
-	r := &rig{near: newNamespace(t), far: newNamespace(t)}
-	r.local = NewLocal(LocalConfig{TUN: r.near.device(t, nearAddrs, farAddrs), Tunnel: nearAddrs,
-		Inbound: []netip.Addr{in}, MTU: testMTU})
-	r.join(t, r.local, newFar(r.far.device(t, farAddrs, append([]netip.Addr{in}, nearAddrs...)), true))
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() { _, _ = io.Copy(c, c); c.Close() }()
-		}
-	}()
-	if err := r.local.SetTargets(map[uint16]netip.AddrPort{
-		80: ln.Addr().(*net.TCPAddr).AddrPort(), 81: netip.MustParseAddrPort("127.0.0.1:1"),
-	}); err != nil {
-		t.Fatal(err)
-	}
-	r.far.do(t, func() error {
-		c, err := net.DialTimeout("tcp", "10.77.0.3:80", 5*time.Second)
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		msg := bytes.Repeat([]byte("culvert "), 1<<18)
-		go func() { _, _ = c.Write(msg); _ = c.(*net.TCPConn).CloseWrite() }()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
-		got, err := io.ReadAll(c)
-		if err != nil || !bytes.Equal(got, msg) {
-			return fmt.Errorf("%d of %d bytes came back: %v", len(got), len(msg), err)
-		}
-		for _, port := range []string{"81", "82"} {
-			start := time.Now()
-			if c, err := net.DialTimeout("tcp", "10.77.0.3:"+port, 5*time.Second); err == nil {
-				c.Close()
-				return fmt.Errorf("port %s answered", port)
-			} else if time.Since(start) > 2*time.Second {
-				return fmt.Errorf("port %s was not refused: %v", port, err)
-			}
-		}
-		return nil
-	})
-}
-
 // TestReplacePeer: a new peer's key takes the place of the old one's.
 func TestReplacePeer(t *testing.T) {
 	r := newRig(t, true)

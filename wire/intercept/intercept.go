@@ -149,13 +149,26 @@ func WriteDatagram(w io.Writer, p, buf []byte) error {
 	return err
 }
 
-// ReadDatagram reads one datagram into buf and returns its length.
-func ReadDatagram(r io.Reader, buf []byte) (int, error) {
+// DatagramSize reads how many bytes of a datagram follow: for who does not want to
+// hold a buffer until it comes.
+func DatagramSize(r io.Reader) (int, error) {
 	var size [2]byte
 	if _, err := io.ReadFull(r, size[:]); err != nil {
 		return 0, err
 	}
 	n := int(binary.BigEndian.Uint16(size[:]))
+	if n > MaxDatagram {
+		return 0, fmt.Errorf("a datagram of %d bytes, where %d are possible", n, MaxDatagram)
+	}
+	return n, nil
+}
+
+// ReadDatagram reads one datagram into buf and returns its length.
+func ReadDatagram(r io.Reader, buf []byte) (int, error) {
+	n, err := DatagramSize(r)
+	if err != nil {
+		return 0, err
+	}
 	if n > len(buf) {
 		return 0, errors.New("a datagram is longer than the buffer")
 	}
