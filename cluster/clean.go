@@ -85,35 +85,45 @@ type CleanSpec struct {
 }
 
 // Clean gives back and deletes what no living session owns, and returns what it
-// was, with Leftover.Action saying what was, or would be, done. It goes on after
-// errors.
-func (c *Cluster) Clean(ctx context.Context, spec CleanSpec) ([]Leftover, error) {
-	found, err := c.Leftovers(ctx, spec.Namespaces, spec.OlderThan)
+// was, with Leftover.Action saying what was, or would be, done, and what could not be
+// looked at. It goes on after errors.
+func (c *Cluster) Clean(ctx context.Context, spec CleanSpec) (left []Leftover, notes []string, err error) {
+	found, notes, err := c.Leftovers(ctx, spec.Namespaces, spec.OlderThan)
 	if err != nil || spec.DryRun {
-		return found, err
+		return found, notes, err
 	}
 	var trouble []error
-	undone := map[string]bool{}
 	for k := range found {
 		l := &found[k]
-		if l.Unknown {
-			continue
-		}
-		var err error
-		if l.Key != "" {
-			if id := l.Namespace + "/" + l.Key; !undone[id] {
-				undone[id] = true
-				err = c.Undo(ctx, UndoSpec{Namespace: l.Namespace, Key: l.Key, Session: l.Session})
-			}
-		} else {
-			err = c.RemoveLeftover(ctx, *l)
-		}
-		if err != nil {
+		if err := c.removeLeftover(ctx, *l); err != nil {
 			l.Action = "failed: " + err.Error()
 			trouble = append(trouble, fmt.Errorf("%s %s/%s: %w", l.Kind, l.Namespace, l.Name, err))
 		}
 	}
-	return found, errors.Join(trouble...)
+	return found, notes, errors.Join(trouble...)
+}
+
+// removeLeftover does what Action says. What belongs to one intercept goes with
+// the first of its parts; the others are gone then, which is fine.
+func (c *Cluster) removeLeftover(ctx context.Context, l Leftover) error {
+	undo := func(key string) error {
+		return c.Undo(ctx, UndoSpec{Namespace: l.Namespace, Key: key, Session: l.Session})
+	}
+	switch l.Action {
+	case LeftoverRestore:
+		return undo(l.Name)
+	case LeftoverRescale:
+		return undo(scaleKeyOf(l.Kind + "/" + l.Name))
+	case LeftoverTakeOut:
+		if l.Name != "" {
+			return undo(l.Name)
+		}
+		_, _, err := c.RemoveGateEntry(ctx, l.Namespace, "")
+		return err
+	case LeftoverDelete:
+		return c.RemoveLeftover(ctx, l)
+	}
+	return nil // of LeftoverUnknown nobody knows whether it is left over
 }
 
 // NamespaceNames are all namespaces of the cluster.

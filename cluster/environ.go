@@ -15,9 +15,9 @@ import (
 	"github.com/culvert-dev/culvert/daemon/api"
 )
 
-// defaultContainer is the annotation by which a pod says which of its containers
+// containerAnnotation is the annotation by which a pod says which of its containers
 // people mean (kubectl's own).
-const defaultContainer = "kubectl.kubernetes.io/default-container"
+const containerAnnotation = "kubectl.kubernetes.io/default-container"
 
 // Environ is the environment of one container of a workload, as the kubelet
 // makes it. It is not safe for concurrent use.
@@ -116,7 +116,7 @@ func chooseContainer(pod *corev1.Pod, name, of string) (*corev1.Container, error
 		name = names[0]
 	}
 	if !asked && name == "" {
-		name = pod.Annotations[defaultContainer]
+		name = pod.Annotations[containerAnnotation]
 	}
 	all := append(slices.Clone(pod.Spec.Containers), pod.Spec.InitContainers...)
 	if i := slices.IndexFunc(all, func(c corev1.Container) bool { return c.Name == name }); i >= 0 {

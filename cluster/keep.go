@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -56,7 +55,7 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		if record == nil || record.Session != r.Holder.Session {
 			return nil, &Lost{Why: "the Service is not exchanged by this session any more"}
 		}
-		plan, err := c.resumePlan(ctx, service, record, r.Expose)
+		plan, err := c.plan(ctx, service, nil, r.Expose, r.Force)
 		if err != nil {
 			return nil, err
 		}
@@ -161,7 +160,7 @@ func (i *Intercept) remake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	gates := GateSpec{AgentSpec: i.spec.Gates, Name: i.Gate}
+	gates := GateSpec{Agent: i.spec.Gates, Name: i.Gate}
 	i.head.gates(&gates)
 	if err := i.c.EnsureGates(ctx, i.spec.Namespace, gates, func(string) {}); err != nil {
 		return err

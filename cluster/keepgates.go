@@ -61,7 +61,7 @@ func (k *keeper) run(ctx context.Context) error {
 		w, err := watches.Deployments(k.namespace).Watch(ctx, byName(k.gate))
 		if err == nil {
 			_, missing := k.c.client.Deployments(k.namespace).Get(ctx, k.gate, metav1.GetOptions{})
-			note(ctx, absent, missing, kindDeployment)
+			note(ctx, absent, missing, goneDeployment)
 		}
 		return w, err
 	})
@@ -69,7 +69,7 @@ func (k *keeper) run(ctx context.Context) error {
 		w, err := watches.ConfigMaps(k.namespace).Watch(ctx, byName(intercept.GateName))
 		if err == nil {
 			_, missing := k.c.client.ConfigMaps(k.namespace).Get(ctx, intercept.GateName, metav1.GetOptions{})
-			note(ctx, absent, missing, kindConfigMap)
+			note(ctx, absent, missing, goneConfigMap)
 		}
 		return w, err
 	})
@@ -96,8 +96,8 @@ func (k *keeper) run(ctx context.Context) error {
 }
 
 const (
-	kindDeployment = "Deployment"
-	kindConfigMap  = "ConfigMap"
+	goneDeployment = "Deployment"
+	goneConfigMap  = "ConfigMap"
 )
 
 func note(ctx context.Context, absent chan<- string, err error, kind string) {
@@ -122,9 +122,9 @@ func (k *keeper) handle(event watch.Event) {
 			k.lookIn(keepSoon)
 		}
 	case *appsv1.Deployment:
-		k.present(kindDeployment, deleted)
+		k.present(goneDeployment, deleted)
 	case *corev1.ConfigMap:
-		k.present(kindConfigMap, deleted)
+		k.present(goneConfigMap, deleted)
 		if !deleted && o.ResourceVersion != k.version {
 			k.version = o.ResourceVersion
 			k.lookIn(keepLater)
@@ -146,7 +146,7 @@ func (k *keeper) lost(kind string) {
 	}
 	k.missing[kind] = true
 	name := k.gate
-	if kind == kindConfigMap {
+	if kind == goneConfigMap {
 		name = intercept.GateName
 	}
 	if k.gone != nil {

@@ -21,22 +21,16 @@ import (
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
-// Annotations that hold what undo needs, as JSON with the fields of a Holder.
-const (
-	annotationIntercept = "culvert.dev/intercept" // on Services
-	annotationScaled    = "culvert.dev/scaled"    // on workloads
-)
-
 // Leftover is something of culvert's that no living session owns.
 type Leftover struct {
-	Kind      string // "Service", "Deployment", ...; KindGateEntry
-	Namespace string
-	Name      string // of a KindGateEntry its key
-	UID       types.UID
-	Session   string // empty: of no one session
-	User      string
-	LastSeen  time.Time // of the session, by the API server's clock; zero: it has no Lease
-	Action    string    // LeftoverRestore, ...
+	Kind      string    `json:"kind"` // "Service", "Deployment", ...; KindGateEntry
+	Namespace string    `json:"namespace"`
+	Name      string    `json:"name"` // of a KindGateEntry its key
+	UID       types.UID `json:"uid,omitempty"`
+	Session   string    `json:"session,omitempty"` // empty: of no one session
+	User      string    `json:"user,omitempty"`
+	LastSeen  time.Time `json:"lastSeen,omitzero"` // of the session, by the API server's clock; zero: it has no Lease
+	Action    string    `json:"action"`            // LeftoverRestore, ...
 }
 
 // KindGateEntry is a Leftover inside the gates' ConfigMap.
@@ -196,7 +190,7 @@ func (s *sweep) services(ctx context.Context) error {
 		func(l *corev1.ServiceList) []*corev1.Service { return pointers(l.Items) },
 		func(o *corev1.Service) {
 			if o.Labels[LabelManagedBy] != "culvert" {
-				s.held("Service", o, annotationIntercept, LeftoverRestore)
+				s.held("Service", o, AnnotationIntercept, LeftoverRestore)
 				return
 			}
 			if !ownedByA("Deployment", o) { // not the way of UDP to an agent
@@ -220,7 +214,7 @@ func (s *sweep) workloads(ctx context.Context) error {
 			case o.Labels[LabelGate] != "":
 				s.gate("Deployment", o)
 			default:
-				s.held("Deployment", o, annotationScaled, LeftoverRescale)
+				s.held("Deployment", o, AnnotationScaled, LeftoverRescale)
 			}
 		})
 	if err != nil {
@@ -228,7 +222,7 @@ func (s *sweep) workloads(ctx context.Context) error {
 	}
 	err = each(ctx, s, "StatefulSet", s.c.client.StatefulSets(s.namespace), "",
 		func(l *appsv1.StatefulSetList) []*appsv1.StatefulSet { return pointers(l.Items) },
-		func(o *appsv1.StatefulSet) { s.held("StatefulSet", o, annotationScaled, LeftoverRescale) })
+		func(o *appsv1.StatefulSet) { s.held("StatefulSet", o, AnnotationScaled, LeftoverRescale) })
 	if err != nil {
 		return err
 	}
@@ -237,7 +231,7 @@ func (s *sweep) workloads(ctx context.Context) error {
 		func(o *appsv1.ReplicaSet) {
 			// A Deployment copies its annotations to its ReplicaSets.
 			if !ownedByA("Deployment", o) {
-				s.held("ReplicaSet", o, annotationScaled, LeftoverRescale)
+				s.held("ReplicaSet", o, AnnotationScaled, LeftoverRescale)
 			}
 		})
 }

@@ -60,11 +60,11 @@ func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
 	for _, e := range i.spec.Expose {
 		port := int32(e.Local)
 		if e.Remote != "" {
-			n, err := intOf(e.Remote)
+			n, err := parsePort(e.Remote)
 			if err != nil {
 				return usage("--expose 8080:80", "--expose %s: the port of a new Service is a number, not %q", e, e.Remote)
 			}
-			port = n
+			port = int32(n)
 		}
 		p := PlanPort{Protocol: protocol(e.Protocol), Port: port, Local: e.Local}
 		p.Name = fmt.Sprintf("%s-%d", map[corev1.Protocol]string{corev1.ProtocolTCP: "tcp", corev1.ProtocolUDP: "udp"}[p.Protocol], port)

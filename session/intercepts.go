@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -31,7 +30,6 @@ const defaultDrain = 30 * time.Second
 // session.
 type intercepts struct {
 	session *Session
-	targets *targets      // what connections from the cluster are led to
 	changed chan struct{} // capacity 1: the agent is another one, or the set changed
 	loops   sync.WaitGroup
 
@@ -97,7 +95,7 @@ type saved struct {
 }
 
 func newIntercepts(s *Session) *intercepts {
-	return &intercepts{session: s, targets: newTargets(s), changed: make(chan struct{}, 1),
+	return &intercepts{session: s, changed: make(chan struct{}, 1),
 		all: map[string]*intercepted{}, tasks: map[uint64]context.CancelFunc{}}
 }
 
@@ -167,7 +165,7 @@ func (x *intercepts) list() []api.Intercept {
 	for k := range list {
 		for p := range list[k].Ports {
 			port := &list[k].Ports[p]
-			port.Listening = listening(port.Protocol, uint16(port.Local))
+			port.Listening = listening(networkOf(port.Protocol), uint16(port.Local))
 		}
 	}
 	slices.SortFunc(list, func(a, b api.Intercept) int {
@@ -210,10 +208,11 @@ func (x *intercepts) drop(ctx context.Context, i *intercepted) error {
 	x.mu.Lock()
 	delete(x.all, i.ID)
 	x.mu.Unlock()
+	var trouble []error
 	for _, p := range i.Ports {
-		x.targets.remove(targetID(i.ID, p))
+		trouble = append(trouble, x.session.inbound.Remove(targetID(i.ID, p)))
 	}
-	return x.save(ctx)
+	return errors.Join(append(trouble, x.save(ctx))...)
 }
 
 // save writes what would be needed if this process, or the machine, ended now.
@@ -245,10 +244,14 @@ func (x *intercepts) save(ctx context.Context) error {
 }
 
 // serve leads connections of an intercept to their local ports.
-func (x *intercepts) serve(i *intercepted) {
+func (x *intercepts) serve(i *intercepted) error {
 	for _, p := range i.Ports {
-		x.targets.set(targetID(i.ID, p), target{Token: i.Token, Network: networkOf(p.Protocol), Local: uint16(p.Local), ProxyProtocol: i.Request.ProxyProtocol})
+		t := target{Token: i.Token, Network: networkOf(p.Protocol), Local: uint16(p.Local), ProxyProtocol: i.Request.ProxyProtocol}
+		if err := x.session.inbound.Set(targetID(i.ID, p), t); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // targetID is what a gate, or the agent, calls one port of an intercept.
@@ -311,12 +314,4 @@ func (x *intercepts) stopAll(ctx context.Context, drain time.Duration) error {
 		trouble = append(trouble, err)
 	}
 	return errors.Join(trouble...)
-}
-
-// podAddrs are the agent's, the first family first.
-func (s *Session) podAddrs() []netip.Addr {
-	if agent := s.knownAgent(); agent != nil {
-		return agent.IPs
-	}
-	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
@@ -179,7 +180,7 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 		slices.Sort(names)
 		e := &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("this session intercepts no %q", req.Service), Hint: "culvert list"}
 		if len(names) > 0 {
-			e.Message += fmt.Sprintf("; it has %s", joined(names))
+			e.Message += fmt.Sprintf("; it has %s", strings.Join(names, ", "))
 		}
 		return nil, e
 	}

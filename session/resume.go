@@ -13,13 +13,14 @@ func (x *intercepts) resume(list []saved) {
 		x.kept = true
 		x.all[i.ID] = i
 		x.mu.Unlock()
-		switch {
-		case !i.Active:
+		if !i.Active {
 			x.begin(i, x.undoLoop)
-		case i.Request.Kind == api.KindExpose:
-			x.serve(i)
-		default:
-			x.serve(i)
+			continue
+		}
+		if err := x.serve(i); err != nil { // the tunnel is closed: this process ends
+			x.session.log.Warn("taking an intercept up again", "err", err)
+		}
+		if i.Request.Kind != api.KindExpose {
 			x.begin(i, x.keep)
 		}
 	}

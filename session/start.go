@@ -109,7 +109,9 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 	if err := x.put(ctx, i, nil); err != nil {
 		return nil, err
 	}
-	x.serve(i)
+	if err := x.serve(i); err != nil {
+		return nil, errors.Join(err, x.drop(ctx, i))
+	}
 	err = live.Start(ctx, s.reached, say)
 	if err == nil && (req.External || req.Host != "") {
 		say("waiting for the address that the cluster gives it")
@@ -128,7 +130,7 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 		i.Active, i.state, i.Since, i.notes = true, api.InterceptActive, live.Since(), live.Notes
 		for k := range i.Ports {
 			p := &i.Ports[k]
-			p.Listening = listening(p.Protocol, uint16(p.Local))
+			p.Listening = listening(networkOf(p.Protocol), uint16(p.Local))
 		}
 	}); err != nil {
 		return nil, err

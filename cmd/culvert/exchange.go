@@ -43,13 +43,13 @@ culvert exchange statefulset/db --expose 5432 --mode scale`),
 			return f.run(cmd.Context(), a)
 		},
 	}
-	f.add(cmd, true)
 	flags := cmd.Flags()
 	flags.StringVar(&f.req.Mode, "mode", api.ModeSelector, "selector, or scale: replace a workload's pods, for clients that use pod IPs")
 	flags.StringVar(&f.req.OnLocalRefused, "on-local-refused", api.OnRefusedOrigin, "who serves while nothing listens at LOCAL: origin, or refuse")
 	flags.StringVar(&f.req.OnConflict, "on-conflict", api.OnConflictReplay, "when somebody else changes the Service meanwhile: reapply (3 times in 10 min at most), or leave it to them")
 	flags.DurationVar(&wait, "wait", 0, "when somebody else has it: wait so long for its end")
 	flags.DurationVar(&f.req.Drain, "drain", 0, "at the end: how long open connections have to end (default 30s)")
+	f.add(cmd, true)
 	complete(cmd, "mode", fixedCompletion(api.ModeSelector, api.ModeScale))
 	complete(cmd, "on-local-refused", fixedCompletion(api.OnRefusedOrigin, api.OnRefusedRefuse))
 	complete(cmd, "on-conflict", fixedCompletion(api.OnConflictReplay, api.OnConflictLeave))
@@ -107,11 +107,11 @@ culvert preview api-next --expose 3000:80 --host api-next.example.com --ingress-
 			return f.run(cmd.Context(), a)
 		},
 	}
-	f.add(cmd, true)
 	cmd.Flags().BoolVar(&f.req.External, "external", false, "type LoadBalancer, or with --host an Ingress: wait for its address and print it")
 	cmd.Flags().StringVar(&f.req.Host, "host", "", "make an Ingress for this host name")
 	cmd.Flags().StringVar(&f.req.IngressClass, "ingress-class", "", "class of the Ingress (default: the cluster's default class)")
 	cmd.Flags().DurationVar(&f.req.Drain, "drain", 0, "at the end: how long open connections have to end (default 30s)")
+	f.add(cmd, true)
 	return cmd
 }
 

@@ -25,6 +25,7 @@ type interceptFlags struct {
 	wait    string
 }
 
+// The command adds its own before.
 func (f *interceptFlags) add(cmd *cobra.Command, expose bool) {
 	flags := cmd.Flags()
 	flags.SortFlags = false
@@ -33,7 +34,8 @@ func (f *interceptFlags) add(cmd *cobra.Command, expose bool) {
 	}
 	flags.BoolVar(&f.req.ProxyProtocol, "proxy-protocol", false, "tell the local program who calls: PROXY protocol version 2 before each connection's first byte")
 	flags.BoolVar(&f.req.Force, "force", false, "go on where this is refused for safety")
-	f.connect.add(cmd)
+	f.connect.addAgent(cmd)
+	f.connect.kt = addKt(flags) // after all others, whose names win
 }
 
 // run starts one intercept, with a session of its own if there is none.

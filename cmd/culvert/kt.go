@@ -21,7 +21,8 @@ type ktFlag struct {
 	use    func(o *optionFlags, value string) (notice string, err error)
 }
 
-// ktFlags are all of them: the global ones first, then those of connect.
+// ktFlags are all of them: the global ones first, then those of connect and
+// exchange.
 var ktFlags = []ktFlag{
 	{name: "namespace", short: "n", to: "namespace"},
 	{name: "kubeconfig", short: "c", to: "kubeconfig"},
@@ -59,6 +60,8 @@ var ktFlags = []ktFlag{
 	{name: "proxyAddr", notice: "there is no SOCKS proxy: programs reach the cluster directly"},
 	{name: "dnsCacheTtl", notice: "answers keep the cluster's own TTL"},
 	{name: "dnsPort", notice: "culvert chooses the port of its forwarder"},
+	{name: "skipPortChecking", toggle: true, notice: "a local port that nothing listens at is told, and no reason to refuse"},
+	{name: "recoverWaitTime", notice: "leaving waits until the pods are ready again"},
 	{name: "includeDomains", use: refuse("only the cluster's own names are asked of the cluster", "--cluster-domain names a domain other than cluster.local")},
 }
 
@@ -162,7 +165,7 @@ func (v *ktValue) Type() string {
 func addKt(f *pflag.FlagSet) []*ktValue {
 	var values []*ktValue
 	for _, k := range ktFlags {
-		if k.to != "" {
+		if k.to != "" || f.Lookup(k.name) != nil {
 			continue
 		}
 		v := &ktValue{flag: k}

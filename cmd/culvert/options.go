@@ -59,6 +59,20 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 	f.SortFlags = false
 	f.StringSliceVar(&o.exclude, "exclude-ips", nil, "leave these out of the tunnel: IPs, CIDRs or host names, comma-separated or repeated")
 	f.StringSliceVar(&o.include, "include-ips", nil, "reach these through the cluster too: IPs, CIDRs or host names")
+	f.StringVar(&o.clusterDomain, "cluster-domain", "", "domain of the cluster's names (default: what its pods use)")
+	f.StringVar(&o.dns, "dns", "", "how names get resolved: auto, resolved, resolvconf or none (default auto)")
+	complete(cmd, "dns", fixedCompletion(dnsModes...))
+	for _, free := range []string{"exclude-ips", "include-ips", "cluster-domain"} {
+		complete(cmd, free, fixedCompletion())
+	}
+	o.addAgent(cmd)
+	o.kt = addKt(f)
+}
+
+// addAgent adds those that concern the agent and the way to it, and not this
+// machine's network.
+func (o *optionFlags) addAgent(cmd *cobra.Command) {
+	f := cmd.Flags()
 	f.StringVarP(&o.image, "image", "i", "", "image of the agent (default: $"+imageEnv+", then "+releasedImage()+")")
 	f.StringVar(&o.pullPolicy, "image-pull-policy", "", "Always, IfNotPresent or Never (default IfNotPresent)")
 	f.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret with the registry's credentials, in the agent's namespace")
@@ -67,21 +81,16 @@ func (o *optionFlags) add(cmd *cobra.Command) {
 	f.StringToStringVar(&o.annotations, "annotations", nil, "further annotations of the agent's pod (`key=value,...`)")
 	f.StringVar(&o.serviceAccount, "service-account", "", "ServiceAccount of the agent's pod; its token is never mounted")
 	f.StringVar(&o.podQuota, "pod-quota", "", "CPU and memory of the agent's pod, as in `0.5c,512m`")
-	f.StringVar(&o.clusterDomain, "cluster-domain", "", "domain of the cluster's names (default: what its pods use)")
-	f.StringVar(&o.dns, "dns", "", "how names get resolved: auto, resolved, resolvconf or none (default auto)")
 	f.StringVar(&o.carrier, "carrier", "", "the packets' way to the agent: auto (the best that works), port-forward, pods-proxy or udp (default auto)")
 	f.StringVar(&o.udp, "udp", "", "try UDP straight to the agent: auto (to its pod), nodeport (also through a NodePort Service made for it) or off (default auto)")
 	f.Var(&o.timeout, "timeout", "how long connecting may take (default 60s)")
 	for _, name := range []string{"node-selector", "labels", "annotations"} {
 		f.Lookup(name).DefValue = "" // else help says (default [])
 	}
-	o.kt = addKt(f)
-
-	complete(cmd, "dns", fixedCompletion(dnsModes...))
 	complete(cmd, "carrier", fixedCompletion(carriers...))
 	complete(cmd, "udp", fixedCompletion(udpModes...))
 	complete(cmd, "image-pull-policy", fixedCompletion(pullPolicies...))
-	for _, free := range []string{"exclude-ips", "include-ips", "image", "image-pull-secret", "node-selector", "labels", "annotations", "service-account", "pod-quota", "cluster-domain", "timeout"} {
+	for _, free := range []string{"image", "image-pull-secret", "node-selector", "labels", "annotations", "service-account", "pod-quota", "timeout"} {
 		complete(cmd, free, fixedCompletion())
 	}
 }

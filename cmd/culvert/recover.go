@@ -108,7 +108,10 @@ func (a *app) clean(ctx context.Context, spec cluster.CleanSpec, everywhere bool
 			return err
 		}
 	}
-	done, err := c.Clean(ctx, spec)
+	done, notes, err := c.Clean(ctx, spec)
+	for _, n := range notes {
+		a.notice(n)
+	}
 	if a.json() {
 		if e := a.printIndented(append([]cluster.Leftover{}, done...)); e != nil {
 			return e
