@@ -36,7 +36,7 @@ func (s *apiServer) client(t *testing.T) *Client {
 	t.Helper()
 	server := httptest.NewServer(http.StripPrefix("/k8s/clusters/c-1", s))
 	t.Cleanup(server.Close)
-	c, err := NewClient(&rest.Config{Host: server.URL + "/k8s/clusters/c-1"})
+	c, err := NewClient(&rest.Config{Host: server.URL + "/k8s/clusters/c-1", QPS: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +45,9 @@ func (s *apiServer) client(t *testing.T) *Client {
 
 func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var body runtime.Object
-	if b, _ := io.ReadAll(r.Body); len(b) > 0 {
+	if b, _ := io.ReadAll(r.Body); r.Method == http.MethodPatch {
+		body = &runtime.Unknown{Raw: b}
+	} else if len(b) > 0 {
 		var err error
 		if body, _, err = codecs.UniversalDeserializer().Decode(b, nil, nil); err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)

@@ -94,7 +94,7 @@ func (c *Cluster) restore(ctx context.Context, live *corev1.Service, r *Record, 
 // differences says what undo changes, and what it leaves.
 func (r *Record) differences(live, below *corev1.Service) (done, theirs []string) {
 	if !maps.Equal(live.Spec.Selector, below.Spec.Selector) {
-		done = append(done, "selector is "+labels.Set(below.Spec.Selector).String()+" again")
+		done = append(done, "selector is "+labels.Set(below.Spec.Selector).String())
 	}
 	if !maps.Equal(below.Spec.Selector, r.Selector) {
 		theirs = append(theirs, "selector "+labels.Set(below.Spec.Selector).String()+by(changedBy(live, selectorFields)))
@@ -107,7 +107,7 @@ func (r *Record) differences(live, below *corev1.Service) (done, theirs []string
 		case p.TargetPort != was.TargetPort:
 			theirs = append(theirs, fmt.Sprintf("targetPort %s of port %d", p.TargetPort.String(), p.Port)+by(changedBy(live, portFields)))
 		case p.TargetPort != live.Spec.Ports[i].TargetPort:
-			done = append(done, fmt.Sprintf("targetPort of port %d is %s again", p.Port, p.TargetPort.String()))
+			done = append(done, fmt.Sprintf("targetPort of port %d is %s", p.Port, p.TargetPort.String()))
 		}
 	}
 	return done, theirs
