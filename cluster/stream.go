@@ -309,6 +309,12 @@ func (s *stream) Write(p []byte) (int, error) {
 	}
 }
 
+// CloseWrite says that no more data will come; what the pod still has to say can
+// be read.
+func (s *stream) CloseWrite() error {
+	return s.writeFrame([]byte{0, 0, 0, dataStream, flagFin, 0, 0, 0}, nil)
+}
+
 func (s *stream) writeFrame(head, payload []byte) error {
 	s.writeMu.Lock()
 	defer s.writeMu.Unlock()

@@ -47,6 +47,8 @@ type workload struct {
 	template              *corev1.PodTemplateSpec // nil: a Service
 	selector              labels.Selector         // nil: selects nothing, or a pod
 	pod                   *corev1.Pod             // of a pod only
+	service               *corev1.Service         // of a Service only
+	gates                 bool                    // of a Service: culvert's gates count as its pods
 	retention             *appsv1.StatefulSetPersistentVolumeClaimRetentionPolicy
 	paused                bool
 }
@@ -154,18 +156,13 @@ func (c *Cluster) getWorkload(ctx context.Context, kind, namespace, name string)
 		if err != nil {
 			return nil, err
 		}
-		w := &workload{kind: kind, namespace: namespace, name: name, uid: s.UID, meta: &s.ObjectMeta}
-		if len(s.Spec.Selector) > 0 {
-			w.selector = labels.SelectorFromSet(s.Spec.Selector)
-		}
-		return w, nil
+		return serviceWorkload(s), nil
 	case kindPod:
 		p, err := c.client.Pods(namespace).Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return nil, err
 		}
-		return &workload{kind: kind, namespace: namespace, name: name, uid: p.UID, meta: &p.ObjectMeta, pod: p,
-			template: &corev1.PodTemplateSpec{ObjectMeta: p.ObjectMeta, Spec: p.Spec}}, nil
+		return podWorkload(p), nil
 	}
 	return nil, fmt.Errorf("unknown kind %q", kind)
 }
@@ -184,6 +181,19 @@ func statefulSetWorkload(s *appsv1.StatefulSet) *workload {
 func replicaSetWorkload(r *appsv1.ReplicaSet) *workload {
 	return &workload{kind: kindReplicaSet, namespace: r.Namespace, name: r.Name, uid: r.UID, meta: &r.ObjectMeta,
 		replicas: replicasOf(r.Spec.Replicas), template: &r.Spec.Template, selector: selectorOf(r.Spec.Selector)}
+}
+
+func serviceWorkload(s *corev1.Service) *workload {
+	w := &workload{kind: kindService, namespace: s.Namespace, name: s.Name, uid: s.UID, meta: &s.ObjectMeta, service: s}
+	if len(s.Spec.Selector) > 0 {
+		w.selector = labels.SelectorFromSet(s.Spec.Selector)
+	}
+	return w
+}
+
+func podWorkload(p *corev1.Pod) *workload {
+	return &workload{kind: kindPod, namespace: p.Namespace, name: p.Name, uid: p.UID, meta: &p.ObjectMeta, pod: p,
+		template: &corev1.PodTemplateSpec{ObjectMeta: p.ObjectMeta, Spec: p.Spec}}
 }
 
 // replicasOf is what an absent number means.
@@ -301,7 +311,7 @@ func (w *workload) owns(pod *corev1.Pod) bool {
 		// from there takes no right to list ReplicaSets.
 		return owner != nil && owner.Kind == kindReplicaSet && owner.Name == w.name+"-"+pod.Labels[appsv1.DefaultDeploymentUniqueLabelKey]
 	case kindService:
-		return owner == nil || !strings.HasPrefix(owner.Name, intercept.GateName)
+		return w.gates || owner == nil || !strings.HasPrefix(owner.Name, intercept.GateName)
 	case kindPod:
 		return pod.UID == w.uid
 	}
