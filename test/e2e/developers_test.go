@@ -5,7 +5,6 @@ package e2e
 import (
 	"fmt"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -14,26 +13,29 @@ import (
 )
 
 // neighbour is the second developer's machine, made when a test needs it first.
-var neighbour = sync.OnceValues(netlab.NewNeighbour)
+var neighbour *netlab.Machine
 
 // bobNextDoor is Bob at the neighbour of the laptop, with a daemon of his own.
 func bobNextDoor(t *testing.T) developer {
 	t.Helper()
 	openShop(t)
-	m, err := neighbour()
-	if err != nil {
-		t.Fatal(err)
+	if neighbour == nil {
+		m, err := netlab.NewNeighbour()
+		if err != nil {
+			t.Fatal(err)
+		}
+		neighbour = m
 	}
-	if err := m.StartDaemon(); err != nil {
+	if err := neighbour.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		m.Culvert(netlab.Bob, "disconnect") // of a test that failed
-		if err := m.StopDaemon(); err != nil {
+		neighbour.Culvert(netlab.Bob, "disconnect") // of a test that failed
+		if err := neighbour.StopDaemon(); err != nil {
 			t.Error(err)
 		}
 	})
-	return developer{m, netlab.Bob}
+	return developer{neighbour, netlab.Bob}
 }
 
 // TestTwoDevelopers: one Service has one holder. The second is told who that is,
