@@ -112,7 +112,7 @@ func TestTwoDevelopers(t *testing.T) {
 	})
 	t.Run("taken over", func(t *testing.T) {
 		bob.intercept(t, exchangeCart...)
-		lease := bobVanishes(t, bob)
+		lease := vanish(t, bob)
 		r := alice.culvert(exchangeCart...)
 		if r.Code != 1 || !strings.Contains(r.Stderr, "bob") {
 			t.Errorf("Bob is away for seconds, and Alice's exchange says: %v", r)
@@ -138,21 +138,21 @@ func TestTwoDevelopers(t *testing.T) {
 	})
 }
 
-// bobVanishes kills all of Bob's at once, so that nothing of it is cleaned up, and
-// returns his session's Lease.
-func bobVanishes(t *testing.T, bob developer) (lease string) {
+// vanish kills all of a developer's at once, so that nothing of it is cleaned up,
+// and returns his session's Lease.
+func vanish(t *testing.T, d developer) (lease string) {
 	t.Helper()
 	leases := kubectl(t, "-n", "shop", "get", "leases", "-o", "json")
-	pid := bob.pid()
-	r := bob.Culvert(bob.user, "status", "-o", "json")
+	pid := d.pid()
+	r := d.Culvert(d.user, "status", "-o", "json")
 	sessions, err := lastJSON[[]struct{ ID string }](r.Stdout)
 	if err != nil || len(sessions) != 1 || !strings.Contains(leases, "culvert-"+sessions[0].ID) {
-		t.Fatalf("no Lease of Bob's session %v in %s", r, leases)
+		t.Fatalf("no Lease of the session %v in %s", r, leases)
 	}
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	if err := bob.KillDaemon(); err != nil {
+	if err := d.KillDaemon(); err != nil {
 		t.Fatal(err)
 	}
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
@@ -172,7 +172,7 @@ func TestClean(t *testing.T) {
 	alice.intercept(t, "exchange", "shelf", "--expose", "8080:80")
 	bob.connect(t)
 	bob.intercept(t, exchangeCart...)
-	lease := bobVanishes(t, bob)
+	lease := vanish(t, bob)
 	ago := time.Now().UTC().Add(-25 * time.Hour).Format("2006-01-02T15:04:05.000000Z")
 	kubectl(t, "-n", "shop", "patch", lease, "--type=merge", "-p", `{"spec":{"renewTime":"`+ago+`"}}`)
 	before := listNamespace(t, "shop")

@@ -5,7 +5,9 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os/exec"
 	"path/filepath"
@@ -111,11 +113,24 @@ func (d developer) pid() int {
 	return all[0].PID
 }
 
-// lastJSON reads the last line of what a command printed, which is its result.
+// lastJSON reads the last value of what a command printed, which is its result:
+// others may stand before it.
 func lastJSON[T any](stdout string) (v T, err error) {
-	lines := strings.Split(strings.TrimSpace(stdout), "\n")
-	err = json.Unmarshal([]byte(lines[len(lines)-1]), &v)
-	return v, err
+	values := json.NewDecoder(strings.NewReader(stdout))
+	var last json.RawMessage
+	for {
+		var value json.RawMessage
+		if err := values.Decode(&value); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return v, fmt.Errorf("%w in %q", err, stdout)
+		}
+		last = value
+	}
+	if last == nil {
+		return v, errors.New("nothing was printed")
+	}
+	return v, json.Unmarshal(last, &v)
 }
 
 // program is a developer's own server.
