@@ -37,7 +37,8 @@ func aliceAt(t *testing.T) developer {
 	return developer{lab, netlab.Alice}
 }
 
-// culvert runs the CLI with what a first command in the shop needs.
+// culvert runs the CLI with what a first command in the shop needs, unless it is
+// among the arguments.
 func (d developer) culvert(args ...string) netlab.Result {
 	return netlab.Run(d.command(context.Background(), args...))
 }
@@ -51,7 +52,13 @@ func (d developer) command(ctx context.Context, args ...string) *exec.Cmd {
 	if cut < 0 {
 		cut = len(args)
 	}
-	more := []string{"--kubeconfig", config, "-n", "shop"}
+	var more []string
+	if !slices.Contains(args[:cut], "--kubeconfig") {
+		more = append(more, "--kubeconfig", config)
+	}
+	if !slices.Contains(args[:cut], "-n") {
+		more = append(more, "-n", "shop")
+	}
 	if slices.Contains([]string{"connect", "exchange", "preview", "expose", "forward"}, args[0]) {
 		more = append(more, "--image", image)
 	}
