@@ -41,6 +41,9 @@ func run(m *testing.M) int {
 	}
 	defer func() {
 		lab.Close() // the daemon first: it gives back the laptop's names
+		if neighbour != nil {
+			neighbour.Close()
+		}
 		if !*keep {
 			lab.Cluster("down", "--all")
 		}

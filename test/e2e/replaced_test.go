@@ -58,11 +58,17 @@ func TestAgentReplaced(t *testing.T) {
 // killAgent is kill -9 of the agent's process.
 func killAgent(t *testing.T, s api.Session) {
 	t.Helper()
-	uid := kubectl(t, "-n", s.Agent.Namespace, "get", "pod", s.Agent.Pod, "-o", "jsonpath={.metadata.uid}")
-	r := lab.Cluster("exec", "--inside", s.Agent.Node, "--", "sh", "-c", fmt.Sprintf(
-		`for p in $(pgrep -x culvert-agent); do if grep -q %q /proc/$p/cgroup; then kill -9 $p && echo killed; fi; done`, uid))
+	killPod(t, s.Agent.Namespace, s.Agent.Pod)
+}
+
+// killPod is kill -9 of a culvert-agent's process, in whatever role; its pod stays.
+func killPod(t *testing.T, namespace, pod string) {
+	t.Helper()
+	f := words(t, "-n", namespace, "get", "pod", pod, "-o", "jsonpath={.metadata.uid} {.spec.nodeName}")
+	r := lab.Cluster("exec", "--inside", f[1], "--", "sh", "-c", fmt.Sprintf(
+		`for p in $(pgrep -x culvert-agent); do if grep -q %q /proc/$p/cgroup; then kill -9 $p && echo killed; fi; done`, f[0]))
 	if !strings.Contains(r.Stdout, "killed") {
-		t.Fatalf("finding the agent's process: %v", r)
+		t.Fatalf("finding the process of %s: %v", pod, r)
 	}
 }
 

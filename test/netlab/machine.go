@@ -1,7 +1,8 @@
-// Package netlab is the laptop of the test cluster as a whole machine: its
-// users and groups, an installed culvert, a running daemon, and programs that
-// its users start. Everything happens in the laptop's network namespace with a
-// private view of /etc; the host's own network and files stay as they are.
+// Package netlab is the laptop of the test cluster, or its neighbour, as a whole
+// machine: its users and groups, an installed culvert, a running daemon, and
+// programs that its users start. Everything happens in the machine's network
+// namespace with a private view of /etc; the host's own network and files stay as
+// they are.
 package netlab
 
 import (
@@ -39,8 +40,9 @@ var (
 	Mallory = User{Name: "mallory", UID: 4703}
 )
 
-// Machine is the laptop.
+// Machine is the laptop, or another that has a culvert of its own.
 type Machine struct {
+	Host   string // which: "laptop" or "lan", its neighbour
 	Dir    string // its own files: bin, etc, home, run, state; root's
 	Repo   string // the checkout
 	Name   string // of the cluster whose `testcluster exec` leads here; empty: the first
@@ -85,23 +87,31 @@ func Repo() (string, error) {
 }
 
 // New makes the laptop's files below a fresh directory; see NewAt.
-func New() (*Machine, error) {
+func New() (*Machine, error) { return newOn("laptop") }
+
+// NewNeighbour makes a second machine on the laptop's own network, with the same
+// users: another developer's. The laptop's cable is not its own.
+func NewNeighbour() (*Machine, error) { return newOn("lan") }
+
+func newOn(host string) (*Machine, error) {
 	dir, err := os.MkdirTemp("/var/lib", "culvert-lab-")
 	if err != nil {
 		return nil, fmt.Errorf("making the laptop's directory (root is needed): %w", err)
 	}
-	return NewAt(dir)
+	return newAt(host, dir)
 }
 
 // NewAt makes the laptop's files in dir, which only root may change (the daemon
 // starts no session binary from elsewhere), and installs what the checkout's bin
 // holds.
-func NewAt(dir string) (*Machine, error) {
+func NewAt(dir string) (*Machine, error) { return newAt("laptop", dir) }
+
+func newAt(host, dir string) (*Machine, error) {
 	repo, err := Repo()
 	if err != nil {
 		return nil, err
 	}
-	m := &Machine{Dir: dir, Repo: repo, Socket: filepath.Join(dir, "run", "culvert.sock"), Config: filepath.Join(dir, "etc", "culvertd.yaml")}
+	m := &Machine{Host: host, Dir: dir, Repo: repo, Socket: filepath.Join(dir, "run", "culvert.sock"), Config: filepath.Join(dir, "etc", "culvertd.yaml")}
 	for _, d := range []string{"bin", "etc", "home", "run", "state"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
@@ -209,7 +219,7 @@ func (m *Machine) Command(ctx context.Context, u User, name string, args ...stri
 	for _, g := range u.Groups {
 		groups += fmt.Sprintf(",%d", g)
 	}
-	exe := slices.Concat([]string{"exec"}, labFlags(), []string{"laptop", "--", "/bin/sh", "-c", enter, "sh", m.Dir, fmt.Sprint(u.UID), groups, name}, args)
+	exe := slices.Concat([]string{"exec"}, labFlags(), []string{m.Host, "--", "/bin/sh", "-c", enter, "sh", m.Dir, fmt.Sprint(u.UID), groups, name}, args)
 	cmd := exec.CommandContext(ctx, m.Testcluster(), exe...)
 	home := m.Home(u)
 	if u.UID == 0 {
@@ -264,10 +274,10 @@ func (m *Machine) Run(u User, name string, args ...string) Result {
 	return Run(m.Command(ctx, u, name, args...))
 }
 
-// Inside calls f on a thread in the laptop's network namespace: sockets that f
+// Inside calls f on a thread in the machine's network namespace: sockets that f
 // itself opens (with literal addresses, so that no other goroutine dials) are
-// the laptop's.
-func (m *Machine) Inside(f func() error) error { return In("laptop", f) }
+// the machine's.
+func (m *Machine) Inside(f func() error) error { return In(m.Host, f) }
 
 // In is Inside for any machine of the test cluster: node1, lan, ...
 func In(machine string, f func() error) error {

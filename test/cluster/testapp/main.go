@@ -13,9 +13,13 @@ import (
 )
 
 const usage = `usage: testapp COMMAND
-  serve [--http ADDR,ADDR]             HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003, UDP blasts :9004
+  serve [--name NAME] [--on IP] [--http ADDR,ADDR] [--proxy-protocol]
+                                       HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003, UDP blasts :9004
                                        (with --http only HTTP, on those addresses)
   get [--resolve ADDR] URL             HTTP GET, body to stdout
+  who http|tcp|udp ADDR                the server's name, and the caller's address as the server sees it
+  load URL [--rate 200] [--seconds 10] [--workers 20] [--timeout 10s] [--keepalive=false] [--post] [--times]
+                                       HTTP requests of closed-loop clients: failures, latency, who answered when
   lookup NAME                          resolve with this machine's resolver
   put URL BYTES                        send BYTES random bytes with PUT, check the SHA-256 in the answer
   udp ADDR SIZE [COUNT]                send datagrams to the UDP echo, check what comes back
@@ -45,7 +49,7 @@ func main() {
 		}
 	}
 	commands := map[string]func([]string) error{
-		"serve": serve, "get": get, "lookup": lookup, "put": put, "udp": udp,
+		"serve": serve, "get": get, "lookup": lookup, "put": put, "udp": udp, "who": who, "load": load,
 		"push": push, "pull": pull, "blast": blast, "rtt": rtt, "ping": ping, "hold": hold, "conns": conns, "crowd": crowd,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -15,34 +16,70 @@ import (
 	"time"
 )
 
+// app is the servers of one testapp.
+type app struct {
+	name string // what it answers to the question who it is
+	on   string // address of its ports; empty: all
+	http []string
+	// proxied: a header of the PROXY protocol stands before HTTP.
+	proxied bool
+}
+
 func serve(args []string) error {
-	errs := make(chan error, 8)
-	addrs := []string{":8080"}
-	if len(args) == 2 && args[0] == "--http" {
-		addrs = strings.Split(args[1], ",")
-	} else {
-		for name, addr := range map[string]string{"echo": ":9000", "sink": ":9002", "source": ":9003"} {
-			go func() { errs <- serveTCP(addr, services[name]) }()
+	a := &app{}
+	f := flag.NewFlagSet("serve", flag.ContinueOnError)
+	f.StringVar(&a.name, "name", "", "name to answer with (default: the host's)")
+	f.StringVar(&a.on, "on", "", "address to listen at (default: all)")
+	addrs := f.String("http", "", "serve only HTTP, at these addresses")
+	f.BoolVar(&a.proxied, "proxy-protocol", false, "expect a header of the PROXY protocol, version 2, before HTTP")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if a.name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("find the host name: %w", err)
 		}
-		go func() { errs <- serveUDP(":9001") }()
-		go func() { errs <- serveBlast(":9004") }()
+		a.name = host
 	}
-	host, err := os.Hostname()
-	if err != nil {
-		return fmt.Errorf("find the host name: %w", err)
+	errs := make(chan error, 8)
+	if *addrs != "" {
+		a.http = strings.Split(*addrs, ",")
+	} else {
+		a.http = []string{a.at("8080")}
+		for name, port := range map[string]string{"echo": "9000", "sink": "9002", "source": "9003"} {
+			go func() { errs <- serveTCP(a.at(port), a.services()[name]) }()
+		}
+		go func() { errs <- a.serveUDP(a.at("9001")) }()
+		go func() { errs <- serveBlast(a.at("9004")) }()
 	}
-	for _, a := range addrs {
-		go func() { errs <- http.ListenAndServe(a, handler(host)) }()
+	for _, addr := range a.http {
+		go func() { errs <- a.serveHTTP(addr) }()
 	}
-	log.Printf("testapp on %s: http %v, echo 9000/tcp 9001/udp, sink 9002, source 9003, blasts 9004/udp", host, addrs)
+	log.Printf("testapp %s: http %v, on %q: echo 9000/tcp 9001/udp, sink 9002, source 9003, blasts 9004/udp", a.name, a.http, a.on)
 	return <-errs
 }
 
+func (a *app) at(port string) string { return net.JoinHostPort(a.on, port) }
+
+func (a *app) serveHTTP(addr string) error {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	if a.proxied {
+		l = proxyListener{l}
+	}
+	return http.Serve(l, a.handler())
+}
+
 // services are what a TCP connection or an upgraded HTTP one can be used for.
-var services = map[string]func(net.Conn){
-	"echo":   echo,
-	"sink":   func(c net.Conn) { io.Copy(io.Discard, c) },
-	"source": pour,
+func (a *app) services() map[string]func(net.Conn) {
+	return map[string]func(net.Conn){
+		"echo":   a.echo,
+		"sink":   func(c net.Conn) { io.Copy(io.Discard, c) },
+		"source": pour,
+	}
 }
 
 // upgrade makes a stream of raw bytes of an HTTP connection (RFC 9110, section
@@ -60,9 +97,13 @@ func upgrade(w http.ResponseWriter, f func(net.Conn)) {
 }
 
 // handler answers HTTP: what it knows of a request, checksums and byte streams.
-func handler(host string) http.Handler {
+func (a *app) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "ok\n") })
+	mux.HandleFunc("/who", func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		fmt.Fprintf(w, "%s %s\n", a.name, r.RemoteAddr)
+	})
 	mux.HandleFunc("PUT /sha256", func(w http.ResponseWriter, r *http.Request) {
 		h := sha256.New()
 		n, err := io.Copy(h, r.Body)
@@ -70,7 +111,7 @@ func handler(host string) http.Handler {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		answer(w, map[string]any{"sha256": hex.EncodeToString(h.Sum(nil)), "length": n, "pod": host})
+		answer(w, map[string]any{"sha256": hex.EncodeToString(h.Sum(nil)), "length": n, "pod": a.name})
 	})
 	mux.HandleFunc("GET /bytes", func(w http.ResponseWriter, r *http.Request) {
 		n, err := strconv.ParseInt(r.URL.Query().Get("n"), 10, 64)
@@ -91,17 +132,20 @@ func handler(host string) http.Handler {
 		time.Sleep(d)
 		io.WriteString(w, "ok\n")
 	})
-	for name, f := range services {
+	for name, f := range a.services() {
 		mux.HandleFunc("GET /stream/"+name, func(w http.ResponseWriter, r *http.Request) { upgrade(w, f) })
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		log.Printf("%s %s from %s", r.Method, r.URL, r.RemoteAddr)
 		answer(w, map[string]any{
-			"pod": host, "node": os.Getenv("NODE_NAME"), "remote": r.RemoteAddr,
+			"pod": a.name, "node": os.Getenv("NODE_NAME"), "remote": r.RemoteAddr,
 			"method": r.Method, "host": r.Host, "path": r.URL.Path, "headers": r.Header,
 		})
 	})
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set(servedBy, a.name)
+		mux.ServeHTTP(w, r)
+	})
 }
 
 func answer(w http.ResponseWriter, v any) {
@@ -121,9 +165,22 @@ func (p *pattern) Read(b []byte) (int, error) {
 }
 
 // echo copies plainly: the kernel's splice of a connection to itself would take two
-// more descriptors for each.
-func echo(c net.Conn) {
-	io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{c}, make([]byte, 4<<10))
+// more descriptors for each. A connection that begins with the question is told
+// who echoes.
+func (a *app) echo(c net.Conn) {
+	b := make([]byte, 4<<10)
+	n, err := c.Read(b)
+	if err != nil {
+		return
+	}
+	first := b[:n]
+	if string(first) == question {
+		first = []byte(iAm(a.name, c.RemoteAddr()))
+	}
+	if _, err := c.Write(first); err != nil {
+		return
+	}
+	io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{c}, b)
 }
 
 func pour(c net.Conn) {
@@ -153,14 +210,19 @@ func serveTCP(addr string, f func(net.Conn)) error {
 	}
 }
 
-func serveUDP(addr string) error {
+func (a *app) serveUDP(addr string) error {
 	pc, err := net.ListenPacket("udp", addr)
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
 	b := make([]byte, 64<<10)
 	for {
-		if n, from, err := pc.ReadFrom(b); err == nil {
+		n, from, err := pc.ReadFrom(b)
+		switch {
+		case err != nil:
+		case string(b[:n]) == question:
+			pc.WriteTo([]byte(iAm(a.name, from)), from)
+		default:
 			pc.WriteTo(b[:n], from)
 		}
 	}

@@ -1,0 +1,177 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/test/netlab"
+)
+
+// TestFailOpen: whatever takes the machine away, traffic finds the origin within
+// 3 s and comes back with the machine. Only requests on connections that were
+// open to it can fail.
+func TestFailOpen(t *testing.T) {
+	unchangedShop(t)
+	alice := aliceAt(t)
+	alice.connect(t)
+	local := alice.serve(t, "127.0.0.1")
+	alice.intercept(t, "exchange", "cart", "--expose", "8080:80", "--expose", "9000:echo")
+	answeredBy(t, "alice", time.Second)
+
+	signal := func(sig syscall.Signal) func(*testing.T) {
+		return func(t *testing.T) {
+			if err := syscall.Kill(alice.pid(), sig); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Run("cable cut", func(t *testing.T) { cableCut(t) })
+	for _, c := range []struct {
+		name       string
+		away, back func(*testing.T)
+		// itself: the session is replaced without anybody's doing.
+		itself bool
+	}{
+		{name: "session killed", away: signal(syscall.SIGKILL), itself: true},
+		{name: "session stopped", away: signal(syscall.SIGSTOP), itself: true},
+		{name: "local port closed", away: func(*testing.T) { local.stop() }, back: func(t *testing.T) { local = alice.serve(t, "127.0.0.1") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			url := "http://" + cartPort(t, 80) + "/who"
+			fresh := startLoad(t, "node1", url, 12*time.Second, "--keepalive=false")
+			kept := startLoad(t, "node2", url, 12*time.Second)
+			time.Sleep(2 * time.Second)
+			c.away(t)
+			gone := time.Now()
+			back := gone
+			if !c.itself {
+				time.Sleep(4 * time.Second)
+				c.back(t)
+				back = time.Now()
+			}
+			got := fresh.wait(t)
+			if c.itself {
+				// It may be back before anybody had to ask the origin.
+				replaced(t, got, gone)
+			} else {
+				got.taken(t, "away", "cart-*", gone, failOpen)
+				got.taken(t, "back", "alice", back, failOpen)
+			}
+			got.onlyOpen(t, gone)
+			kept.wait(t).onlyOpen(t, gone)
+			waitState(t, netlab.Alice, api.Connected, 20*time.Second)
+			answeredBy(t, "alice", 10*time.Second)
+		})
+	}
+	t.Run("local port closed, refuse", func(t *testing.T) {
+		alice.leave(t, "cart")
+		alice.intercept(t, "exchange", "cart", "--expose", "8080:80", "--on-local-refused", "refuse")
+		served(t, "http", cartPort(t, 80), "alice")
+		local.stop()
+		for _, client := range clients {
+			begun := time.Now()
+			name, _, err := whoAnswers(client, "http", cartPort(t, 80))
+			if err == nil {
+				t.Errorf("%s answers although it should be refused", name)
+			} else if time.Since(begun) > 4*time.Second {
+				t.Errorf("refused only after %v: %v", time.Since(begun), err)
+			}
+		}
+		served(t, "tcp", cartPort(t, 7000), "cart-*")
+		local = alice.serve(t, "127.0.0.1")
+		served(t, "http", cartPort(t, 80), "alice")
+	})
+}
+
+// replaced wants that no new connection waited longer than it takes to find the
+// origin, whoever answered, and that the machine is back at the end.
+func replaced(t *testing.T, got loaded, gone time.Time) {
+	t.Helper()
+	if got.Gap > ms(failOpen) {
+		t.Errorf("nobody answered for %v ms", got.Gap)
+	}
+	if origin, ok := got.at("cart-*", gone); ok {
+		t.Logf("the origin answers after %v", origin.Sub(gone))
+		got.taken(t, "back after the origin served", "alice", origin, 25*time.Second)
+	} else {
+		t.Log("the origin was never asked")
+	}
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// cableCut: for 34 s nothing comes from the laptop. What was open waits for it,
+// and is reset after 30 s.
+func cableCut(t *testing.T) {
+	url := "http://" + cartPort(t, 80) + "/who"
+	hold := make(chan netlab.Result, 1)
+	go func() { hold <- fromPod("node1", "hold", cartPort(t, 7000), "60") }()
+	fresh := startLoad(t, "node1", url, 10*time.Second, "--keepalive=false")
+	kept := startLoad(t, "node2", url, 10*time.Second)
+	time.Sleep(2 * time.Second)
+	begun := time.Now()
+	link(t, "--cut", "on")
+	cut := time.Now()
+	got := fresh.wait(t)
+	got.taken(t, "cut", "cart-*", begun, failOpen+cut.Sub(begun))
+	got.onlyOpen(t, cut)
+	kept.wait(t).onlyOpen(t, cut)
+	// Right through: nothing that is new waits any more.
+	if got.Max > 10_001 || got.P99 > ms(failOpen) {
+		t.Errorf("p99 %v ms, longest %v ms", got.P99, got.Max)
+	}
+	fast := startLoad(t, "node2", url, 3*time.Second, "--keepalive=false").wait(t)
+	fast.none(t)
+	if fast.P99 > 100 {
+		t.Errorf("while the machine is known to be away, p99 is %v ms", fast.P99)
+	}
+	r := <-hold
+	lost := time.Since(cut)
+	t.Logf("the open connection ended %v after the cut: %s", lost.Round(100*time.Millisecond), strings.TrimSpace(r.Stderr))
+	if r.Code == 0 || !strings.Contains(r.Stderr, "reset") || lost < 28*time.Second || lost > 36*time.Second {
+		t.Errorf("an open connection, %v after the cut: %v", lost, r)
+	}
+	comeBack := startLoad(t, "node2", url, 8*time.Second, "--keepalive=false")
+	time.Sleep(500 * time.Millisecond)
+	begun = time.Now()
+	link(t, "--cut", "off")
+	back := comeBack.wait(t)
+	back.taken(t, "back", "alice", begun, failOpen)
+	back.none(t)
+	waitState(t, netlab.Alice, api.Connected, 10*time.Second)
+}
+
+// TestShortCut: what is open lives through a cut of 8 s.
+func TestShortCut(t *testing.T) {
+	unchangedShop(t)
+	alice := aliceAt(t)
+	alice.connect(t)
+	alice.serve(t, "127.0.0.1")
+	alice.intercept(t, "exchange", "cart", "--expose", "9000:echo,9001:dgram")
+	hold := make(chan netlab.Result, 1)
+	go func() { hold <- fromPod("node2", "hold", cartPort(t, 7000), "12") }()
+	time.Sleep(time.Second)
+	link(t, "--cut", "on")
+	time.Sleep(4 * time.Second)
+	// Datagrams have no connection: they go to the origin.
+	eventually(t, 3*time.Second, func() error {
+		name, _, err := whoAnswers("node1", "udp", cartPort(t, 7001))
+		if err == nil && !serves(name, "cart-*") {
+			err = fmt.Errorf("%s answers datagrams", name)
+		}
+		return err
+	})
+	time.Sleep(time.Second)
+	link(t, "--cut", "off")
+	if r := <-hold; r.Code != 0 {
+		t.Errorf("a connection that was open: %v", r)
+	} else {
+		t.Log(strings.TrimSpace(r.Stdout))
+	}
+}
