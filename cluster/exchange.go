@@ -84,7 +84,7 @@ func (h *exchangeHead) policies(ctx context.Context, i *Intercept, routes []inte
 func (h *exchangeHead) lead(ctx context.Context, i *Intercept, routes []intercept.Route) error {
 	r := i.record()
 	r.Reapplied = h.again
-	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), gatePorts(routes), r)
+	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), listenPorts(routes), r)
 	return err
 }
 
@@ -116,8 +116,8 @@ func (i *Intercept) record() Record {
 	return Record{Session: h.Session, User: h.User, Origin: h.Origin, Since: h.Since, Kind: i.spec.Kind, Gate: i.Gate}
 }
 
-// gatePorts are the gates' ports by those of the Service.
-func gatePorts(routes []intercept.Route) map[PortKey]uint16 {
+// listenPorts are the gates' ports by those of the Service.
+func listenPorts(routes []intercept.Route) map[PortKey]uint16 {
 	ports := map[PortKey]uint16{}
 	for _, r := range routes {
 		ports[PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}] = r.Listen

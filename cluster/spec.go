@@ -57,6 +57,7 @@ type AgentSpec struct {
 	Annotations    map[string]string // on Deployment and pod; culvert's own win
 	ServiceAccount string            // empty: the namespace's default; the token is never mounted
 	PodQuota       string            // "0.5c,512m": requests and limits
+	Heartbeat      bool              // a Lease tells that the session lives (Cluster.Heartbeat)
 }
 
 // AgentName is the name of the Deployment of a session.
@@ -98,6 +99,9 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 	}
 	if s.Origin != "" {
 		annotations[AnnotationOrigin] = s.Origin
+	}
+	if s.Heartbeat {
+		annotations[AnnotationHeartbeat] = HeartbeatLease
 	}
 	one, noHistory := int32(1), int32(0)
 	d := &appsv1.Deployment{

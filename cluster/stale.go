@@ -52,6 +52,11 @@ func (c *Cluster) RemoveStale(ctx context.Context, spec AgentSpec, live func(con
 			return removed, translate("deleting Deployment "+d.Name+" that a crash left", err)
 		}
 		removed = append(removed, d.Name)
+		if d.Annotations[AnnotationHeartbeat] != "" {
+			if err := c.DeleteLease(ctx, c.namespace, id); err != nil {
+				return removed, err
+			}
+		}
 	}
 	return removed, nil
 }

@@ -90,6 +90,7 @@ func (s *Session) connectAgent(ctx context.Context, spec cluster.AgentSpec) erro
 	}); err != nil {
 		return err
 	}
+	spec.Heartbeat = beats
 	agent, err := s.cluster.EnsureAgent(ctx, spec, func(step string) { s.status.step("starting the agent: " + step) })
 	if err != nil {
 		return err

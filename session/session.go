@@ -262,6 +262,7 @@ func (s *Session) agentSpec() cluster.AgentSpec {
 		Session: s.id, Origin: s.start.Origin, Image: o.Image, PullPolicy: o.ImagePullPolicy, PullSecrets: o.ImagePullSecrets,
 		NodeSelector: o.NodeSelector, Labels: o.Labels, Annotations: o.Annotations,
 		ServiceAccount: o.ServiceAccount, PodQuota: o.PodQuota,
+		Heartbeat: s.recall().Heartbeat,
 	}
 	spec.User = strconv.Itoa(os.Getuid())
 	if u, err := user.Current(); err == nil {
