@@ -81,6 +81,10 @@ func (b *bench) intercept() error {
 	if r := l.Kubectl("", nil, "wait", "--for=condition=Ready", "pod/bench-client", "--timeout=60s"); r.Code != 0 {
 		return fmt.Errorf("starting the client: %v", r)
 	}
+	var err error
+	if l.admin, err = l.Kubeconfig("", "admin"); err != nil {
+		return err
+	}
 	stop, err := l.serveLocally()
 	if err != nil {
 		return err
@@ -157,7 +161,7 @@ func (l *lab) leave(services ...string) {
 
 // inClient runs testapp in the client's pod.
 func (l *lab) inClient(_ string, args ...string) *exec.Cmd {
-	return l.ClusterCommand(append([]string{"exec", "cp", "--", "kubectl", "--kubeconfig", strings.Replace(l.config, "developer", "admin", 1),
+	return l.ClusterCommand(append([]string{"exec", "cp", "--", "kubectl", "--kubeconfig", l.admin,
 		"-n", "default", "exec", "bench-client", "--", "/testapp"}, args...)...)
 }
 
