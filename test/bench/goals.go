@@ -116,6 +116,13 @@ var aims = []aim{
 	{"carrier cut for 5 s, network back: traffic flows after", "≤", 1, "s", of(reconnectTable, cutRow, best)},
 	{"the same over port-forward", "≤", 1, "s", of(reconnectTable, cutRow, portForward)},
 	{"the same over UDP", "≤", 1, "s", of(reconnectTable, cutRow, udpCarrier)},
+	{"exchange, from the command to the first request at the machine, gates run", "≤", 1, "s", of(exchangeTable, warmRow, toMachine)},
+	{"the same, the first in a namespace", "≤", 5, "s", of(exchangeTable, coldRow, toMachine)},
+	{"cable cut: until the origin serves new connections", "≤", 3, "s", of(lossTable, "cable cut: until the origin serves", freshOnes)},
+	{"cable back: until the machine serves", "≤", 3, "s", of(lossTable, "cable cut: back until the machine serves", freshOnes)},
+	{"requests that fail when an exchange ends and starts", "≤", 0, "", greatest(of(lossTable, "leave, and exchange again: failed", freshOnes), of(lossTable, "leave, and exchange again: failed", keptOnes))},
+	{"requests that fail when a gate or the agent is deleted", "≤", 0, "",
+		greatest(of(lossTable, "gate deleted: failed", freshOnes), of(lossTable, "gate deleted: failed", keptOnes), of(lossTable, "agent deleted: failed", freshOnes), of(lossTable, "agent deleted: failed", keptOnes))},
 }
 
 // judge measures the goals of the issue against a report.

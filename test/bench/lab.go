@@ -23,6 +23,7 @@ import (
 type lab struct {
 	*netlab.Machine
 	config, image string
+	admin         string // kubeconfig of the cluster's admin
 	laptop        *rig.Namespace
 	inside        pod // reached through the tunnel
 	outside       pod // kept out of the tunnel: the direct way while a session is up

@@ -49,6 +49,7 @@ var parts = []part{
 	{"latency", true, (*bench).latency},
 	{"matrix", true, (*bench).matrix},
 	{"reconnect", true, (*bench).reconnect},
+	{"intercept", true, (*bench).intercept},
 	{"memory", true, (*bench).memory},
 }
 
