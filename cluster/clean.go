@@ -42,15 +42,15 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 	r := Recovered{Service: spec.Target}
 	known := false
 	for _, s := range all {
-		if s.Service != key && scaleKeyOf(s.Service) != key {
+		if s.Name != key && scaleKeyOf(s.Name) != key {
 			continue
 		}
 		known = true
-		r.Service, r.User, r.Session, r.Found = s.Service, s.User, s.Session, s.Kind != ""
+		r.Service, r.User, r.Session, r.Found = s.Name, s.User, s.Session, s.Kind != ""
 		if s.Alive && !spec.Force {
 			return r, &api.Error{Code: api.CodeExists,
-				Message: fmt.Sprintf("%s in namespace %q is intercepted by %s, whose session is alive", s.Service, spec.Namespace, firstOf(s.User, s.Session)),
-				Hint:    "ask for `culvert leave " + s.Service + "` there, or take it with --force"}
+				Message: fmt.Sprintf("%s in namespace %q is intercepted by %s, whose session is alive", s.Name, spec.Namespace, firstOf(s.User, s.Session)),
+				Hint:    "ask for `culvert leave " + s.Name + "` there, or take it with --force"}
 		}
 	}
 	if !known && !strings.HasPrefix(key, scalePrefix) {

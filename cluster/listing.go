@@ -20,7 +20,7 @@ import (
 // its traffic. JSON of `culvert list`.
 type ServiceState struct {
 	Namespace string    `json:"namespace"`
-	Service   string    `json:"service"` // name, or KIND/NAME of a workload
+	Name      string    `json:"name"` // of a workload KIND/NAME
 	Type      string    `json:"type,omitempty"`
 	Ports     []string  `json:"ports,omitempty"` // "80/TCP", with " -> alice:8080" where it is exposed
 	Kind      string    `json:"kind,omitempty"`  // intercept.Exchange, ...; empty: nobody intercepts it
@@ -56,7 +56,7 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 			if s.Labels[LabelManagedBy] == "culvert" && !preview {
 				continue // an origin
 			}
-			one := ServiceState{Namespace: namespace, Service: s.Name, Type: string(s.Spec.Type)}
+			one := ServiceState{Namespace: namespace, Name: s.Name, Type: string(s.Spec.Type)}
 			if s.Spec.ClusterIP == corev1.ClusterIPNone {
 				one.Type = "Headless"
 			}
@@ -96,7 +96,7 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 		if shown[key] {
 			continue
 		}
-		one := ServiceState{Namespace: namespace, Service: e.Service, Kind: e.Kind, User: e.Holder.User, Session: e.Holder.Session, Since: e.Holder.Since, State: "active"}
+		one := ServiceState{Namespace: namespace, Name: e.Service, Kind: e.Kind, User: e.Holder.User, Session: e.Holder.Session, Since: e.Holder.Since, State: "active"}
 		for _, r := range e.Routes {
 			one.Ports = append(one.Ports, portText(r.Port, r.Protocol, e.Holder.User, e))
 		}
@@ -105,7 +105,7 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 	if err := c.addSeen(ctx, namespace, all); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(all, func(a, b ServiceState) int { return cmp.Compare(a.Service, b.Service) })
+	slices.SortFunc(all, func(a, b ServiceState) int { return cmp.Compare(a.Name, b.Name) })
 	return all, nil
 }
 

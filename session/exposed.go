@@ -15,7 +15,7 @@ import (
 
 	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
-	"github.com/culvert-dev/culvert/wire/intercept"
+	"github.com/culvert-dev/culvert/wire/expose"
 )
 
 // exposeTime bounds a question to the agent about exposed ports, a port-forward of
@@ -23,12 +23,12 @@ import (
 const exposeTime = 15 * time.Second
 
 // startExposed opens ports on the agent's pod.
-func (x *intercepts) startExposed(ctx context.Context, req api.InterceptRequest, expose []cluster.Expose, say func(string)) (*api.Intercept, error) {
+func (x *intercepts) startExposed(ctx context.Context, req api.InterceptRequest, wanted []cluster.Expose, say func(string)) (*api.Intercept, error) {
 	x.changing.Lock()
 	defer x.changing.Unlock()
 	s := x.session
 	i := &intercepted{state: api.InterceptStarting, saved: saved{ID: randomHex(8), Token: randomHex(16), Request: req, Namespace: s.cluster.Namespace(), Since: time.Now().UTC()}}
-	for _, e := range expose {
+	for _, e := range wanted {
 		port := int(e.Local)
 		if e.Remote != "" {
 			n, err := strconv.ParseUint(e.Remote, 10, 16)
@@ -94,7 +94,7 @@ func (x *intercepts) applyExposed(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, exposeTime)
 	defer cancel()
 	x.mu.Lock()
-	ports := []intercept.ExposedPort{}
+	ports := []expose.Port{}
 	var ours []*intercepted
 	for _, i := range x.all {
 		if i.Request.Kind != api.KindExpose {
@@ -102,18 +102,18 @@ func (x *intercepts) applyExposed(ctx context.Context) error {
 		}
 		ours = append(ours, i)
 		for _, p := range i.Ports {
-			ports = append(ports, intercept.ExposedPort{Port: uint16(p.Port), Protocol: p.Protocol, ID: targetID(i.ID, p), Token: i.Token})
+			ports = append(ports, expose.Port{Port: uint16(p.Port), Protocol: p.Protocol, ID: targetID(i.ID, p), Token: i.Token})
 		}
 	}
 	x.mu.Unlock()
 	if len(ports) == 0 && x.session.knownAgent() == nil {
 		return nil // there is nobody to tell
 	}
-	client, agent, err := x.session.exposeClient()
+	dial, agent, err := x.session.agentDialer()
 	if err != nil {
 		return err
 	}
-	state, err := client.Put(ctx, ports)
+	state, err := expose.NewClient(dial, x.session.recall().Secret).Set(ctx, ports)
 	if err != nil {
 		return &api.Error{Code: api.CodeAgent, Message: fmt.Sprintf("having the agent open ports: %v", err), Hint: "culvert logs"}
 	}

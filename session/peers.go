@@ -200,16 +200,25 @@ func (s *Session) handlePeerRemove(ctx context.Context, in json.RawMessage, _ []
 // askAgent is the way to ask the agent about peers: its HTTP port, by a
 // port-forward of its own.
 func (s *Session) askAgent() (*peer.Client, *cluster.Agent, error) {
+	dial, agent, err := s.agentDialer()
+	if err != nil {
+		return nil, nil, err
+	}
+	return &peer.Client{Secret: s.recall().Secret, Dial: dial}, agent, nil
+}
+
+// agentDialer dials the agent's HTTP port, by a port-forward of its own.
+func (s *Session) agentDialer() (func(context.Context) (net.Conn, error), *cluster.Agent, error) {
 	agent := s.knownAgent()
 	if st := s.status.get(); agent == nil || st.State != api.Connected {
-		return nil, nil, &api.Error{Code: api.CodeAgent, Message: fmt.Sprintf("the session is %s: its agent cannot be asked about peers now", st.State), Hint: "culvert status"}
+		return nil, nil, &api.Error{Code: api.CodeAgent, Message: fmt.Sprintf("the session is %s: its agent cannot be asked now", st.State), Hint: "culvert status"}
 	}
-	return &peer.Client{Secret: s.recall().Secret, Dial: func(ctx context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
 		if err := s.excludeServer(ctx); err != nil {
 			return nil, err
 		}
 		return s.cluster.PortForward(agent, carrier.MetricsPort).Dial(ctx)
-	}}, agent, nil
+	}, agent, nil
 }
 
 // peerError makes of what the agent refused, or of the way to it, what users see.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -78,6 +79,10 @@ func (a *app) leave(ctx context.Context, req api.LeaveRequest) error {
 		}
 	})
 	p.Close(err == nil)
+	var e *api.Error
+	if req.All && errors.As(err, &e) && e.Code == api.CodeNotFound {
+		err = nil // no session, so nothing to end
+	}
 	if err != nil {
 		return err
 	}

@@ -88,7 +88,7 @@ func (a *app) listTable(all []cluster.ServiceState) {
 				seen = took(time.Since(s.LastSeen)) + " ago"
 			}
 		}
-		t.row(s.Service, state, s.User, since, seen, strings.Join(s.Ports, ", "))
+		t.row(s.Name, state, s.User, since, seen, strings.Join(s.Ports, ", "))
 	}
 	t.flush()
 }
