@@ -542,6 +542,23 @@ func TestServiceSwitchConflicts(t *testing.T) {
 	})
 }
 
+// A switch whose answer was lost is done once more.
+func TestServiceSwitchAgain(t *testing.T) {
+	c, _ := newServiceServer(t, webService())
+	early, err := c.PlanExchange(t.Context(), "", "web", exposed(t, "8080"), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, live := switched(t, c)
+	again, err := c.Switch(t.Context(), early, gates, gatePorts, Record{Session: "s1", User: "eve"})
+	if err != nil || again.ResourceVersion != live.ResourceVersion {
+		t.Fatalf("%v, %v", again, err)
+	}
+	if r, err := RecordOf(again); err != nil || r.Selector["app"] != "web" || r.Ports[0].TargetPort.IntVal != 8080 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
 func TestServiceReplan(t *testing.T) {
 	c, s := newServiceServer(t, webService())
 	plan, live := switched(t, c)
