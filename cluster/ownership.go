@@ -19,12 +19,30 @@ import (
 // says of ownership (https://kubernetes.io/docs/reference/using-api/server-side-apply/).
 const fieldManager = "culvert"
 
-// The fields of a Service that an intercept changes, beside its annotation.
-var (
-	selectorFields = fieldpath.MakePrefixMatcherOrDie("spec", "selector")
-	portFields     = fieldpath.MakePrefixMatcherOrDie("spec", "ports")
-	touchedFields  = selectorFields.Merge(fieldpath.MakePrefixMatcherOrDie("spec", "ports", fieldpath.MatchAnyPathElement(), "targetPort"))
-)
+// Fields of a Service. An intercept changes selector and targetPorts, beside its
+// annotation.
+func isSelector(p fieldpath.Path) bool   { return fieldAt(p, 0) == "spec" && fieldAt(p, 1) == "selector" }
+func isPort(p fieldpath.Path) bool       { return fieldAt(p, 0) == "spec" && fieldAt(p, 1) == "ports" }
+func isTargetPort(p fieldpath.Path) bool { return isPort(p) && fieldAt(p, 3) == "targetPort" } // 2 is the port's key
+func isTouched(p fieldpath.Path) bool    { return isSelector(p) || isTargetPort(p) }
+
+func fieldAt(p fieldpath.Path, i int) string {
+	if i >= len(p) || p[i].FieldName == nil {
+		return ""
+	}
+	return *p[i].FieldName
+}
+
+// only is the part of fields that is wanted.
+func only(fields *fieldpath.Set, wanted func(fieldpath.Path) bool) *fieldpath.Set {
+	part := fieldpath.NewSet()
+	fields.Iterate(func(p fieldpath.Path) {
+		if wanted(p) {
+			part.Insert(p.Copy())
+		}
+	})
+	return part
+}
 
 // owners says who owns the fields that an intercept changes, ourselves left out:
 // of what is ours now those that had it before (saved), of all else those that
@@ -40,7 +58,7 @@ func owners(live, saved []metav1.ManagedFieldsEntry) ([]metav1.ManagedFieldsEntr
 		if err != nil {
 			return nil, err
 		}
-		if all, err = addFields(all, e, fields.FilterIncludeMatches(touchedFields).Leaves()); err != nil {
+		if all, err = addFields(all, e, only(fields, isTouched)); err != nil {
 			return nil, err
 		}
 	}
@@ -131,12 +149,12 @@ func fieldsOf(e metav1.ManagedFieldsEntry) (*fieldpath.Set, error) {
 	return set, nil
 }
 
-// changedBy is the manager other than ourselves that wrote one of the fields last,
-// as far as the object tells; empty for nobody.
-func changedBy(o metav1.Object, fields *fieldpath.SetMatcher) string {
+// changedBy is the manager other than ourselves that wrote one of the wanted fields
+// last, as far as the object tells; empty for nobody.
+func changedBy(o metav1.Object, wanted func(fieldpath.Path) bool) string {
 	var last metav1.ManagedFieldsEntry
 	for _, e := range o.GetManagedFields() {
-		if set, err := fieldsOf(e); err != nil || e.Manager == fieldManager || set.FilterIncludeMatches(fields).Empty() {
+		if set, err := fieldsOf(e); err != nil || e.Manager == fieldManager || only(set, wanted).Empty() {
 			continue
 		}
 		if last.Manager == "" || e.Time != nil && !e.Time.Before(last.Time) {

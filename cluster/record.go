@@ -152,7 +152,7 @@ func (r *Record) selectorBelow(live *corev1.Service) map[string]string {
 	switch {
 	case len(rest) == len(present):
 		return rest // nothing of ours is in it
-	case len(rest) > 0 && (maps.Equal(rest, lastApplied(live)) || strings.HasPrefix(changedBy(live, selectorFields), "helm")):
+	case len(rest) > 0 && (maps.Equal(rest, lastApplied(live)) || strings.HasPrefix(changedBy(live, isSelector), "helm")):
 		return rest
 	}
 	return merge(r.Selector, rest)

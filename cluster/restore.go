@@ -97,15 +97,15 @@ func (r *Record) differences(live, below *corev1.Service) (done, theirs []string
 		done = append(done, "selector is "+labels.Set(below.Spec.Selector).String())
 	}
 	if !maps.Equal(below.Spec.Selector, r.Selector) {
-		theirs = append(theirs, "selector "+labels.Set(below.Spec.Selector).String()+by(changedBy(live, selectorFields)))
+		theirs = append(theirs, "selector "+labels.Set(below.Spec.Selector).String()+by(changedBy(live, isSelector)))
 	}
 	for i, p := range below.Spec.Ports {
 		was, ok := r.port(keyOf(p))
 		switch {
 		case !ok:
-			theirs = append(theirs, fmt.Sprintf("port %d", p.Port)+by(changedBy(live, portFields)))
+			theirs = append(theirs, fmt.Sprintf("port %d", p.Port)+by(changedBy(live, isPort)))
 		case p.TargetPort != was.TargetPort:
-			theirs = append(theirs, fmt.Sprintf("targetPort %s of port %d", p.TargetPort.String(), p.Port)+by(changedBy(live, portFields)))
+			theirs = append(theirs, fmt.Sprintf("targetPort %s of port %d", p.TargetPort.String(), p.Port)+by(changedBy(live, isPort)))
 		case p.TargetPort != live.Spec.Ports[i].TargetPort:
 			done = append(done, fmt.Sprintf("targetPort of port %d is %s", p.Port, p.TargetPort.String()))
 		}

@@ -104,7 +104,7 @@ func (w *serviceWatch) look(ctx context.Context) (lost bool, err error) {
 // judge finds what is not as the Record of this session has it, which is on the
 // Service itself: it changes with each Switch.
 func (w *serviceWatch) judge(live *corev1.Service) ServiceChange {
-	change := ServiceChange{Service: live, Manager: changedBy(live, selectorFields)}
+	change := ServiceChange{Service: live, Manager: changedBy(live, isSelector)}
 	r, err := RecordOf(live)
 	switch {
 	case err == nil && r != nil && r.Session != w.held.Session:
@@ -117,7 +117,7 @@ func (w *serviceWatch) judge(live *corev1.Service) ServiceChange {
 		case !maps.Equal(live.Spec.Selector, r.Gates):
 			change.Kind = Overwritten
 		case !w.held.hasPorts(live.Spec.Ports):
-			change.Kind, change.Manager = Overwritten, changedBy(live, portFields)
+			change.Kind, change.Manager = Overwritten, changedBy(live, isPort)
 		}
 	case maps.Equal(live.Spec.Selector, w.held.Gates):
 		// The annotation is gone, or not readable, and traffic comes still.

@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 )
@@ -71,12 +72,14 @@ func (p *ServicePlan) stillAs(live *corev1.Service, session string) (*Record, er
 	if held != nil && held.Session != session {
 		return nil, heldError(live, held)
 	}
-	planned := p.service
-	if live.UID != planned.UID || live.Spec.Type != planned.Spec.Type || live.DeletionTimestamp != nil ||
-		!maps.Equal(live.Spec.Selector, planned.Spec.Selector) || !slices.EqualFunc(live.Spec.Ports, planned.Spec.Ports, samePort) {
+	// Below the intercept: when the answer to the switch was lost, live is
+	// switched already.
+	now, planned := held.below(live), p.below
+	if now.UID != planned.UID || now.Spec.Type != planned.Spec.Type || now.DeletionTimestamp != nil ||
+		!maps.Equal(now.Spec.Selector, planned.Spec.Selector) || !slices.EqualFunc(now.Spec.Ports, planned.Spec.Ports, samePort) {
 		return nil, &api.Error{
 			Code:    api.CodeConflict,
-			Message: fmt.Sprintf("Service %s/%s changed while the exchange was prepared%s", live.Namespace, live.Name, by(changedBy(live, touchedFields.Merge(portFields)))),
+			Message: fmt.Sprintf("Service %s/%s changed while the exchange was prepared%s", live.Namespace, live.Name, by(changedBy(live, isSelectorOrPort))),
 			Hint:    "try again",
 		}
 	}
@@ -96,6 +99,8 @@ func heldError(service *corev1.Service, held *Record) error {
 		Hint:    "use --wait to wait for its end; `culvert list` shows whether its holder is alive",
 	}
 }
+
+func isSelectorOrPort(p fieldpath.Path) bool { return isSelector(p) || isPort(p) }
 
 func by(manager string) string {
 	if manager == "" {
