@@ -59,14 +59,14 @@ func containerPorts(ports []PlanPort) []corev1.ContainerPort {
 	return all
 }
 
-func (h *exchangeHead) origin(ctx context.Context, session string) ([]string, error) {
+func (h *exchangeHead) origin(ctx context.Context, session string) (map[PortKey]string, error) {
 	s, err := h.c.EnsureOrigin(ctx, h.plan, session)
 	if err != nil {
 		return nil, err
 	}
-	origins := make([]string, len(h.plan.Ports))
-	for k, p := range h.plan.Ports {
-		origins[k] = net.JoinHostPort(s.Spec.ClusterIP, strconv.Itoa(int(p.Port)))
+	origins := map[PortKey]string{}
+	for _, p := range h.plan.Ports {
+		origins[p.Key()] = net.JoinHostPort(s.Spec.ClusterIP, strconv.Itoa(int(p.Port)))
 	}
 	return origins, nil
 }
@@ -74,8 +74,12 @@ func (h *exchangeHead) origin(ctx context.Context, session string) ([]string, er
 func (h *exchangeHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
 	spec := i.policySpec(routes)
 	spec.OriginSelector = h.plan.below.Spec.Selector
-	for k, p := range h.plan.Ports {
-		spec.Ports[k].Target = p.TargetPort
+	for k, r := range routes {
+		for _, p := range h.plan.Ports {
+			if p.Key() == (PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}) {
+				spec.Ports[k].Target = p.TargetPort
+			}
+		}
 	}
 	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, spec)
 	return notes, err
@@ -84,7 +88,13 @@ func (h *exchangeHead) policies(ctx context.Context, i *Intercept, routes []inte
 func (h *exchangeHead) lead(ctx context.Context, i *Intercept, routes []intercept.Route) error {
 	r := i.record()
 	r.Reapplied = h.again
-	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), listenPorts(routes), r)
+	ports := listenPorts(routes)
+	if h.plan.Headless {
+		for _, p := range h.plan.Ports {
+			ports[p.Key()] = uint16(p.Number)
+		}
+	}
+	_, err := h.c.Switch(ctx, h.plan, GateSelector(i.Gate), ports, r)
 	return err
 }
 

@@ -61,8 +61,8 @@ type head interface {
 	// gates changes the gates' Deployment to what this head needs.
 	gates(*GateSpec)
 	// origin makes what the gates lead to when the machine does not answer, and
-	// returns its address for each port of ports, or nil.
-	origin(ctx context.Context, session string) ([]string, error)
+	// returns its address for each port, or nil.
+	origin(ctx context.Context, session string) (map[PortKey]string, error)
 	// policies opens the way through NetworkPolicies and returns notes.
 	policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error)
 	// lead leads the traffic to the gates. It is idempotent.
@@ -264,6 +264,7 @@ func (i *Intercept) enter(s *intercept.State) error {
 			return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("the gates of namespace %q have no free ports left", i.spec.Namespace), Hint: "culvert list shows who has them"}
 		}
 	}
+	serves := map[PortKey]bool{} // at gates of its own two ports of a Service may be one
 	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder}
 	for k, p := range ports {
 		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number)}
@@ -277,7 +278,10 @@ func (i *Intercept) enter(s *intercept.State) error {
 		if p.Local != 0 {
 			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, p), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
 		}
-		e.Routes = append(e.Routes, r)
+		if at := (PortKey{Port: int32(r.Listen), Protocol: p.Protocol}); !serves[at] {
+			serves[at] = true
+			e.Routes = append(e.Routes, r)
+		}
 	}
 	s.Entries[i.Key] = e
 	return nil

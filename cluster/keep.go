@@ -247,15 +247,13 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 }
 
 // fill enters an intercept with the addresses of its origin.
-func (i *Intercept) fill(s *intercept.State, origins []string) error {
+func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string) error {
 	if err := i.enter(s); err != nil {
 		return err
 	}
 	e := s.Entries[i.Key]
 	for k := range e.Routes {
-		if origins != nil {
-			e.Routes[k].Origin = origins[k]
-		}
+		e.Routes[k].Origin = origins[PortKey{Port: e.Routes[k].Port, Protocol: protocolNamed(e.Routes[k].Protocol)}]
 	}
 	return nil
 }

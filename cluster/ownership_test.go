@@ -10,8 +10,8 @@ import (
 )
 
 const (
-	applies = metav1.ManagedFieldsOperationApply
-	updates = metav1.ManagedFieldsOperationUpdate
+	byApply  = metav1.ManagedFieldsOperationApply
+	byUpdate = metav1.ManagedFieldsOperationUpdate
 
 	selectorAndPort = `{"f:spec":{"f:ports":{"k:{\"port\":80,\"protocol\":\"TCP\"}":{"f:targetPort":{}}},"f:selector":{}}}`
 	onlySelector    = `{"f:spec":{"f:selector":{}}}`
@@ -28,15 +28,15 @@ func TestServiceOwners(t *testing.T) {
 		name              string
 		live, saved, want entries
 	}{
-		{"before the switch", entries{entry("argocd", applies, allFields)}, nil, entries{entry("argocd", applies, selectorAndPort)}},
-		{"of other fields", entries{entry("argocd", applies, otherFields)}, nil, nil},
-		{"two share it", entries{entry("argocd", applies, allFields), entry("canary", applies, onlySelector)}, nil,
-			entries{entry("argocd", applies, selectorAndPort), entry("canary", applies, onlySelector)}},
-		{"switched", entries{entry("argocd", applies, otherFields), entry("culvert", updates, ourFields)}, entries{entry("argocd", applies, selectorAndPort)},
-			entries{entry("argocd", applies, selectorAndPort)}},
-		{"the selector taken meanwhile", entries{entry("argocd", applies, otherFields), entry("culvert", updates, onlyPort), entry("helm", updates, onlySelector)},
-			entries{entry("argocd", applies, selectorAndPort)}, entries{entry("helm", updates, onlySelector), entry("argocd", applies, onlyPort)}},
-		{"nothing is ours", entries{entry("argocd", applies, otherFields)}, entries{entry("argocd", applies, selectorAndPort)}, nil},
+		{"before the switch", entries{entry("argocd", byApply, allFields)}, nil, entries{entry("argocd", byApply, selectorAndPort)}},
+		{"of other fields", entries{entry("argocd", byApply, otherFields)}, nil, nil},
+		{"two share it", entries{entry("argocd", byApply, allFields), entry("canary", byApply, onlySelector)}, nil,
+			entries{entry("argocd", byApply, selectorAndPort), entry("canary", byApply, onlySelector)}},
+		{"switched", entries{entry("argocd", byApply, otherFields), entry("culvert", byUpdate, ourFields)}, entries{entry("argocd", byApply, selectorAndPort)},
+			entries{entry("argocd", byApply, selectorAndPort)}},
+		{"the selector taken meanwhile", entries{entry("argocd", byApply, otherFields), entry("culvert", byUpdate, onlyPort), entry("helm", byUpdate, onlySelector)},
+			entries{entry("argocd", byApply, selectorAndPort)}, entries{entry("helm", byUpdate, onlySelector), entry("argocd", byApply, onlyPort)}},
+		{"nothing is ours", entries{entry("argocd", byApply, otherFields)}, entries{entry("argocd", byApply, selectorAndPort)}, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got, err := owners(test.live, test.saved)
@@ -51,21 +51,21 @@ func TestServiceGiveBack(t *testing.T) {
 		e.Time = &when
 		return e
 	}
-	status := entry("argocd", applies, `{"f:status":{"f:loadBalancer":{}}}`)
+	status := entry("argocd", byApply, `{"f:status":{"f:loadBalancer":{}}}`)
 	status.Subresource = "status"
 	for _, test := range []struct {
 		name              string
 		live, saved, want entries
 	}{
-		{"beside what it owns", entries{at(entry("argocd", applies, otherFields), late), entry("culvert", updates, ourFields)}, entries{at(entry("argocd", applies, selectorAndPort), early)},
-			entries{at(entry("argocd", applies, allFields), late)}},
-		{"to one that owned no more", entries{entry("culvert", updates, ourFields)}, entries{at(entry("kubectl", updates, onlySelector), early)},
-			entries{at(entry("kubectl", updates, onlySelector), early)}},
-		{"not what was taken meanwhile", entries{entry("culvert", updates, onlyPort), entry("helm", updates, onlySelector)}, entries{entry("argocd", applies, selectorAndPort)},
-			entries{entry("helm", updates, onlySelector), entry("argocd", applies, onlyPort)}},
-		{"operation and subresource tell apart", entries{status, entry("argocd", updates, otherFields), entry("culvert", updates, ourFields)}, entries{entry("argocd", applies, onlySelector)},
-			entries{status, entry("argocd", updates, otherFields), entry("argocd", applies, onlySelector)}},
-		{"nobody", entries{entry("culvert", updates, ourFields)}, nil, entries{{}}},
+		{"beside what it owns", entries{at(entry("argocd", byApply, otherFields), late), entry("culvert", byUpdate, ourFields)}, entries{at(entry("argocd", byApply, selectorAndPort), early)},
+			entries{at(entry("argocd", byApply, allFields), late)}},
+		{"to one that owned no more", entries{entry("culvert", byUpdate, ourFields)}, entries{at(entry("kubectl", byUpdate, onlySelector), early)},
+			entries{at(entry("kubectl", byUpdate, onlySelector), early)}},
+		{"not what was taken meanwhile", entries{entry("culvert", byUpdate, onlyPort), entry("helm", byUpdate, onlySelector)}, entries{entry("argocd", byApply, selectorAndPort)},
+			entries{entry("helm", byUpdate, onlySelector), entry("argocd", byApply, onlyPort)}},
+		{"operation and subresource tell apart", entries{status, entry("argocd", byUpdate, otherFields), entry("culvert", byUpdate, ourFields)}, entries{entry("argocd", byApply, onlySelector)},
+			entries{status, entry("argocd", byUpdate, otherFields), entry("argocd", byApply, onlySelector)}},
+		{"nobody", entries{entry("culvert", byUpdate, ourFields)}, nil, entries{{}}},
 		{"nobody at all", nil, nil, entries{{}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -77,7 +77,7 @@ func TestServiceGiveBack(t *testing.T) {
 			}
 		})
 	}
-	if _, err := giveBack(entries{entry("x", updates, `{`), entry("culvert", updates, `{"f:`)}, nil); err == nil {
+	if _, err := giveBack(entries{entry("x", byUpdate, `{`), entry("culvert", byUpdate, `{"f:`)}, nil); err == nil {
 		t.Error("fields that cannot be read are read")
 	}
 }
@@ -106,8 +106,8 @@ func TestServiceChangedBy(t *testing.T) {
 		return e
 	}
 	o := &metav1.ObjectMeta{ManagedFields: entries{
-		at(entry("old", updates, onlySelector), 1), at(entry("new", updates, onlySelector), 3), at(entry("ports", updates, onlyPort), 4), at(entry("culvert", updates, ourFields), 5),
-		at(entry("other", updates, `{"f:spec":{"f:type":{}}}`), 6),
+		at(entry("old", byUpdate, onlySelector), 1), at(entry("new", byUpdate, onlySelector), 3), at(entry("ports", byUpdate, onlyPort), 4), at(entry("culvert", byUpdate, ourFields), 5),
+		at(entry("other", byUpdate, `{"f:spec":{"f:type":{}}}`), 6),
 	}}
 	if got := changedBy(o, isSelector); got != "new" {
 		t.Errorf("the selector by %q", got)

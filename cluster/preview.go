@@ -103,7 +103,7 @@ func (h *previewHead) led(ctx context.Context, i *Intercept) (bool, error) {
 }
 
 // origin: nobody served it before.
-func (h *previewHead) origin(context.Context, string) ([]string, error) { return nil, nil }
+func (h *previewHead) origin(context.Context, string) (map[PortKey]string, error) { return nil, nil }
 
 func (h *previewHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
 	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, i.policySpec(routes))

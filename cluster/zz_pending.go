@@ -24,5 +24,3 @@ type scaleHead struct {
 	key, name string
 	list      []PlanPort
 }
-
-func (c *Cluster) InterceptAccess(ctx context.Context, ns, kind string) error { return nil }
