@@ -38,7 +38,7 @@ type inboundDoor struct {
 	mu      sync.Mutex
 	open    int // led or being led to the session
 	watches int
-	turn    int // counts resetAll
+	turn    int                   // counts resetAll
 	joined  map[resetter]struct{} // of open, those that the session accepted
 	left    bool                  // leaving is closed
 	empty   chan struct{}         // closed when left and open is 0

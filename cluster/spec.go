@@ -135,12 +135,17 @@ func (s AgentSpec) deployment(namespace string) (*appsv1.Deployment, error) {
 	return d, nil
 }
 
+// graceSeconds is what an agent has to end: 20 s for connections from the cluster
+// that are open (agent.Config.Drain), and some for the rest. One that has none ends
+// at once.
+const graceSeconds = 25
+
 // podSpec passes PodSecurity "restricted"
 // (https://kubernetes.io/docs/concepts/security/pod-security-standards/). It
 // fixes no uid: the image's USER is numeric and not 0, and OpenShift wants to
 // choose its own.
 func (s AgentSpec) podSpec(policy corev1.PullPolicy, resources corev1.ResourceRequirements) corev1.PodSpec {
-	yes, no, grace := true, false, int64(2)
+	yes, no, grace := true, false, int64(graceSeconds)
 	spec := corev1.PodSpec{
 		ServiceAccountName:            s.ServiceAccount,
 		AutomountServiceAccountToken:  &no,
