@@ -28,6 +28,9 @@
 //     8 MiB outwards for each that takes them slowly: see wire.Hub.
 //   - streams that have not introduced themselves: 16, and as many at the port for
 //     pods/proxy that have not proved themselves.
+//   - connections from the cluster: they are TCP connections as above, of which
+//     they may be half. 256 that have not introduced themselves, and 64 watches, 10
+//     KB each. UDP flows at exposed ports are among them, and queue 8 MiB together.
 package agent
 
 import (
@@ -46,6 +49,7 @@ import (
 
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
+	"github.com/culvert-dev/culvert/wire/intercept"
 	"github.com/culvert-dev/culvert/wire/peer"
 )
 
@@ -62,6 +66,9 @@ type Config struct {
 	// UDPPort is where the session's UDP arrives, on PodIPs, once one was introduced
 	// that wants it: 7534. Negative: nowhere.
 	UDPPort int
+	// InterceptPort is where gates connect, on PodIPs, once a session was introduced:
+	// 7535. Negative: nowhere.
+	InterceptPort int
 	// PeerPort is the UDP port for standard WireGuard peers, on all addresses of
 	// the pod, open while there is one: 51820. Negative: there can be none.
 	PeerPort int
@@ -72,6 +79,12 @@ type Config struct {
 	// MaxTCP and MaxUDP bound the flows at one time: 16384 and 4096, or fewer
 	// where MemoryLimit is small.
 	MaxTCP, MaxUDP int
+	// MaxInbound bounds the connections from the cluster to the session at one
+	// time, which count as TCP too: half of MaxTCP.
+	MaxInbound int
+	// Drain is how long the end of Run's context waits for connections from the
+	// cluster: 20 s, which with what follows is within the pod's grace period.
+	Drain time.Duration
 	// MemoryLimit in bytes, for the whole process: 512 MiB, which is what the
 	// pod's limit should be; see MemoryLimit, the function.
 	MemoryLimit int64
@@ -94,6 +107,9 @@ func (c Config) withDefaults() Config {
 	if c.UDPPort == 0 {
 		c.UDPPort = carrier.UDPPort
 	}
+	if c.InterceptPort == 0 {
+		c.InterceptPort = intercept.Port
+	}
 	if c.PeerPort == 0 {
 		c.PeerPort = peer.Port
 	}
@@ -109,6 +125,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxUDP <= 0 {
 		c.MaxUDP = int(min(4096, max(128, c.MemoryLimit/10/connectionCost)))
+	}
+	if c.MaxInbound <= 0 {
+		c.MaxInbound = max(1, c.MaxTCP/2)
+	}
+	if c.Drain == 0 {
+		c.Drain = 20 * time.Second
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()
@@ -128,6 +150,15 @@ type timing struct {
 	sweep    time.Duration // between two looks for idle UDP flows
 	governor time.Duration // between two looks at the heap
 	lull     time.Duration // without bytes, once or twice, before a TCP connection gives its stacks back
+
+	header      time.Duration // for a gate's connection to introduce itself
+	watchDial   time.Duration // of the watch of the session
+	sessionDial time.Duration // of a connection from the cluster
+	answer      time.Duration // the same, with the session's status: its own dial takes 1.5 s at most
+	silent      time.Duration // without a beat, and the machine is away
+	lost        time.Duration // that it is away before connections are reset
+	unused      time.Duration // without need before the session is watched no longer
+	flowIdle    time.Duration // of a UDP flow at an exposed port
 }
 
 func defaultTiming() timing {
@@ -142,6 +173,15 @@ func defaultTiming() timing {
 		sweep:    2 * time.Second,
 		governor: 100 * time.Millisecond,
 		lull:     100 * time.Millisecond,
+
+		header:      5 * time.Second,
+		watchDial:   time.Second,
+		sessionDial: intercept.SilentAfter,
+		answer:      2 * time.Second,
+		silent:      intercept.SilentAfter,
+		lost:        intercept.LostAfter,
+		unused:      5 * time.Minute,
+		flowIdle:    60 * time.Second,
 	}
 }
 
@@ -185,10 +225,16 @@ func New(cfg Config) *Agent {
 }
 
 // Run serves until ctx ends or Close is called, and then returns nil; any other
-// error is of the listeners. It may be called once.
-func (a *Agent) Run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
+// error is of the listeners. After the end of ctx it goes on while there are
+// connections from the cluster, for Config.Drain at most. It may be called once.
+func (a *Agent) Run(asked context.Context) error {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(asked))
 	defer cancel()
+	stop := context.AfterFunc(asked, func() {
+		a.drain(ctx)
+		cancel()
+	})
+	defer stop()
 	a.cancelMu.Lock()
 	if a.closed || a.done != nil {
 		a.cancelMu.Unlock()
@@ -231,7 +277,17 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
-// Close ends Run and waits for it. It may be called repeatedly.
+// drain waits until what is open from the cluster has ended.
+func (a *Agent) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, a.cfg.Drain)
+	defer cancel()
+	if n := a.node(); n != nil {
+		n.door.drain(ctx)
+	}
+}
+
+// Close ends Run, without waiting for connections, and waits for it. It may be
+// called repeatedly.
 func (a *Agent) Close() error {
 	a.cancelMu.Lock()
 	a.closed = true

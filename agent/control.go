@@ -87,6 +87,7 @@ func (a *Agent) meet(ctx context.Context, c net.Conn) {
 		return
 	}
 	n.bind.Attach(s)
+	n.door.machine.again()
 	a.metrics.streams.Inc()
 	a.log.Info("stream attached", "session", h.Session, "version", h.Version)
 }

@@ -61,6 +61,7 @@ func (a *Agent) serveWeb(ctx context.Context, l net.Listener) error {
 		a.answer(w, err)
 	})
 	a.handlePeers(mux)
+	a.handleExposed(mux)
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,

@@ -25,6 +25,9 @@ type metrics struct {
 	failedQueries  prometheus.Counter
 	refusals       *prometheus.CounterVec
 	dialErrors     *prometheus.CounterVec
+	inboundTotal   prometheus.Counter
+	inboundAway    prometheus.Counter
+	inboundRefused prometheus.Counter
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -62,6 +65,10 @@ func newMetrics(a *Agent) *metrics {
 	m.failedQueries = counter("dns_queries_failed_total", "DNS queries that no nameserver answered.")
 	m.refusals = vector("refused_total", "Flows to destinations that are not allowed, or above the bound.", "protocol")
 	m.dialErrors = vector("tcp_dial_errors_total", "TCP targets that could not be reached.", "reason")
+	m.inboundTotal = counter("inbound_connections_total", "Connections and UDP flows from the cluster for the session.")
+	m.inboundAway = counter("inbound_away_total", "Those that were not served because the session did not answer, or there was no room.")
+	m.inboundRefused = counter("inbound_refused_total", "Those that the session refused.")
+	gauge("inbound_connections", "Open connections and UDP flows from the cluster.", func(n *node) float64 { return float64(n.door.count()) })
 	gauge("tcp_connections", "Open TCP connections.", func(n *node) float64 { open, _ := n.tcp.counts(); return float64(open) })
 	gauge("tcp_dialing", "TCP connections whose target has not answered.", func(n *node) float64 { _, d := n.tcp.counts(); return float64(d) })
 	gauge("udp_flows", "UDP flows.", func(n *node) float64 { return float64(n.udp.count()) })

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -15,6 +16,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
 
 	"github.com/culvert-dev/culvert/wire"
 	"github.com/culvert-dev/culvert/wire/carrier"
@@ -44,6 +47,8 @@ type node struct {
 	proxy     *proxyDoor    // nil if there is none
 	datagrams *datagramDoor // nil if there is none
 	peers     *peers
+	door      *inboundDoor // for connections from the cluster
+	exposed   *exposed
 
 	allowed []netip.Prefix // addresses of the peer
 	turn    atomic.Uint64  // counts peers
@@ -73,6 +78,8 @@ func (a *Agent) newNode(h carrier.Hello) (*node, error) {
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.peers = &peers{node: n}
+	n.door = newInboundDoor(n)
+	n.exposed = &exposed{node: n}
 	n.targets = newTargets(a.cfg, h, n.peers)
 	mtu := mtuOf(h)
 	n.endpoint = netstack.New(netstack.Config{MTU: mtu, GSO: n.gso, Split: func() int { return way.MaxPacket(mtu) }})
@@ -124,6 +131,7 @@ func (n *node) start() error {
 	}
 	n.tunnel = t
 	n.proxy = n.agent.openProxy(n)
+	n.door.listen()
 	if n.datagrams != nil {
 		n.spawn(func() { n.datagrams.run(n) })
 	}
@@ -157,6 +165,7 @@ func (n *node) setPeer(key wire.Key) error {
 		n.datagrams.renew()
 	}
 	n.endpoint.Hold(true)
+	n.door.renew()
 	if err := n.tunnel.SetPeer(key, n.allowed); err != nil {
 		n.endpoint.Hold(false)
 		return fmt.Errorf("setting the WireGuard peer: %w", err)
@@ -180,25 +189,69 @@ func (n *node) setPeer(key wire.Key) error {
 	return nil
 }
 
-// dialSession connects from the agent's address to the session's inbound one,
-// IPv4 first.
+// errRefused is a reset instead of a connection.
+var errRefused = errors.New("refused")
+
+// dialSession connects from the agent's address to the session's inbound one.
 func (n *node) dialSession(ctx context.Context, port uint16) (net.Conn, error) {
+	ep, wq, err := n.dialEndpoint(ctx, port)
+	if err != nil {
+		return nil, err
+	}
+	return gonet.NewTCPConn(wq, ep), nil
+}
+
+// dialEndpoint is dialSession for who wants the endpoint itself. IPv4 goes first.
+func (n *node) dialEndpoint(ctx context.Context, port uint16) (tcpip.Endpoint, *waiter.Queue, error) {
 	for _, to := range n.inbound {
 		for _, from := range n.self {
 			if from.Is4() != to.Is4() {
 				continue
 			}
-			c, err := gonet.DialTCPWithBind(ctx, n.stack,
-				tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(from.AsSlice())},
-				tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(to.AsSlice()), Port: port},
-				protocolOf(to))
+			ep, wq, err := n.dialFrom(ctx, from, netip.AddrPortFrom(to, port))
 			if err != nil {
-				return nil, fmt.Errorf("dialling port %d of the session: %w", port, err)
+				return nil, nil, fmt.Errorf("dialling port %d of the session: %w", port, err)
 			}
-			return c, nil
+			return ep, wq, nil
 		}
 	}
-	return nil, fmt.Errorf("dialling port %d of the session: no inbound address of the agent's family", port)
+	return nil, nil, fmt.Errorf("dialling port %d of the session: no inbound address of the agent's family", port)
+}
+
+func (n *node) dialFrom(ctx context.Context, from netip.Addr, to netip.AddrPort) (tcpip.Endpoint, *waiter.Queue, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, err
+	}
+	wq := new(waiter.Queue)
+	ep, terr := n.stack.NewEndpoint(tcp.ProtocolNumber, protocolOf(from), wq)
+	if terr != nil {
+		return nil, nil, fmt.Errorf("making an endpoint: %s", terr)
+	}
+	entry, notify := waiter.NewChannelEntry(waiter.WritableEvents)
+	wq.EventRegister(&entry)
+	defer wq.EventUnregister(&entry)
+	terr = ep.Bind(tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(from.AsSlice())})
+	if terr == nil {
+		terr = ep.Connect(tcpip.FullAddress{NIC: netstack.NIC, Addr: tcpip.AddrFromSlice(to.Addr().AsSlice()), Port: to.Port()})
+	}
+	if _, ok := terr.(*tcpip.ErrConnectStarted); ok {
+		select {
+		case <-ctx.Done():
+			ep.Abort()
+			ep.Close()
+			return nil, nil, ctx.Err()
+		case <-notify:
+		}
+		terr = ep.LastError()
+	}
+	if terr != nil {
+		ep.Close()
+		if _, ok := terr.(*tcpip.ErrConnectionRefused); ok {
+			return nil, nil, errRefused
+		}
+		return nil, nil, errors.New(terr.String())
+	}
+	return ep, wq, nil
 }
 
 // close ends every flow and waits for the goroutines. The endpoint goes first:
@@ -209,6 +262,8 @@ func (n *node) close() {
 		if n.proxy != nil {
 			n.proxy.close()
 		}
+		n.door.close()
+		n.exposed.close()
 		n.endpoint.Close()
 		n.peers.close()
 		if n.tunnel != nil {

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/culvert-dev/culvert/internal/nonblock"
 	"github.com/culvert-dev/culvert/wire/carrier"
@@ -29,10 +28,10 @@ type proxyDoor struct {
 	node      *node
 	listeners []net.Listener
 
-	mu       sync.Mutex
-	secret   []byte // of the session's present key
-	unproven map[netip.Addr]int
-	waiting  int // sum of unproven
+	unproven *lobby
+
+	mu     sync.Mutex
+	secret []byte // of the session's present key
 }
 
 // openProxy listens on the addresses of the pod. Without any it is nil: then the
@@ -41,7 +40,7 @@ func (a *Agent) openProxy(n *node) *proxyDoor {
 	if a.cfg.ProxyPort <= 0 {
 		return nil
 	}
-	d := &proxyDoor{agent: a, node: n, unproven: map[netip.Addr]int{}}
+	d := &proxyDoor{agent: a, node: n, unproven: newLobby(maxUnproven, maxUnprovenFrom)}
 	for _, ip := range a.cfg.PodIPs {
 		l, err := net.Listen("tcp", netip.AddrPortFrom(ip, uint16(a.cfg.ProxyPort)).String())
 		if err != nil {
@@ -78,56 +77,18 @@ func (d *proxyDoor) close() {
 }
 
 func (d *proxyDoor) serve(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if d.node.ctx.Err() != nil {
-			if err == nil {
-				c.Close()
-			}
-			return
-		}
-		if err != nil {
-			d.agent.log.Warn("accepting from pods/proxy", "error", err)
-			select {
-			case <-time.After(100 * time.Millisecond):
-			case <-d.node.ctx.Done():
-			}
-			continue
-		}
-		from := netip.Addr{}
-		if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-			from = tcp.AddrPort().Addr().Unmap()
-		}
-		if !d.enter(from) {
+	d.node.acceptFrom(l, "pods/proxy", func(c *net.TCPConn) {
+		from := remoteOf(c).Addr()
+		if !d.unproven.enter(from) {
 			c.Close()
 			d.agent.metrics.refusedStreams.Inc()
-			continue
+			return
 		}
 		d.node.spawn(func() {
-			defer d.leave(from)
+			defer d.unproven.leave(from)
 			d.meet(c, from)
 		})
-	}
-}
-
-func (d *proxyDoor) enter(from netip.Addr) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.waiting >= maxUnproven || d.unproven[from] >= maxUnprovenFrom {
-		return false
-	}
-	d.waiting++
-	d.unproven[from]++
-	return true
-}
-
-func (d *proxyDoor) leave(from netip.Addr) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.waiting--
-	if d.unproven[from]--; d.unproven[from] == 0 {
-		delete(d.unproven, from)
-	}
+	})
 }
 
 // meet has one connection prove itself and moves the session over to it.
@@ -148,6 +109,7 @@ func (d *proxyDoor) meet(c net.Conn, from netip.Addr) {
 		return
 	}
 	d.node.bind.Move(s)
+	d.node.door.machine.again()
 	a.metrics.streams.Inc()
 	a.log.Info("stream of pods/proxy attached", "from", from.String())
 }

@@ -115,9 +115,9 @@ func TestProxyDoorIsBounded(t *testing.T) {
 		t.Error("a connection without proof is kept")
 	}
 	eventually(t, "nobody waits", func() bool {
-		d := a.node().proxy
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		return d.waiting == 0 && len(d.unproven) == 0
+		l := a.node().proxy.unproven
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.waiting == 0 && len(l.from) == 0
 	})
 }

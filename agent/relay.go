@@ -17,7 +17,8 @@ import (
 	"github.com/culvert-dev/culvert/internal/nonblock"
 )
 
-// relay joins a connection of the stack (the client) to a socket (the backend).
+// relay joins a connection of the stack (the client) to a socket (the backend),
+// whichever of the two was there first.
 //
 // Neither direction has a buffer: up, the stack's queue is written to the
 // socket where it lies; down, the socket is read into the packets that the
@@ -35,6 +36,7 @@ type relay struct {
 	backend   *net.TCPConn
 	resetOnce sync.Once
 	running   atomic.Int32 // directions
+	onEnd     func()       // called when both sides are closed; may be nil
 	event     waiter.Entry // calls wake, until up has ended
 
 	mu   sync.Mutex
@@ -80,6 +82,9 @@ func (r *relay) direction(run func() error) {
 		r.ep.Close()
 		r.backend.Close()
 		r.forwarder.ended(r)
+		if r.onEnd != nil {
+			r.onEnd()
+		}
 	}
 }
 

@@ -34,7 +34,7 @@ func newTargets(cfg Config, h carrier.Hello, p *peers) *targets {
 			}
 		}
 	}
-	for _, port := range []int{cfg.ProxyPort, cfg.UDPPort, cfg.PeerPort} {
+	for _, port := range []int{cfg.ProxyPort, cfg.UDPPort, cfg.InterceptPort, cfg.PeerPort} {
 		if port > 0 {
 			t.podPorts = append(t.podPorts, uint16(port))
 		}

@@ -172,20 +172,40 @@ func (f *tcpForwarder) accept(r *tcp.ForwarderRequest) {
 func (f *tcpForwarder) start(id stack.TransportEndpointID, r *relay) {
 	f.mu.Lock()
 	f.dialedLocked(id) // not before: it would count as neither
-	closed := f.closed
-	if !closed {
-		f.relays[r] = struct{}{}
-		f.node.wg.Add(1)
-	}
+	ok := f.addLocked(r)
 	f.mu.Unlock()
-	if closed {
+	if f.begin(r, ok) {
+		f.node.agent.metrics.tcpTotal.Inc()
+	}
+}
+
+// join runs r, whose client is the session, unless the forwarder is closed.
+func (f *tcpForwarder) join(r *relay) bool {
+	f.mu.Lock()
+	ok := f.addLocked(r)
+	f.mu.Unlock()
+	return f.begin(r, ok)
+}
+
+func (f *tcpForwarder) addLocked(r *relay) bool {
+	if f.closed {
+		return false
+	}
+	f.relays[r] = struct{}{}
+	f.node.wg.Add(1)
+	return true
+}
+
+// begin runs r if it was added, and ends it if not.
+func (f *tcpForwarder) begin(r *relay, added bool) bool {
+	if !added {
 		r.reset()
 		r.ep.Close()
-		return
+		return false
 	}
-	f.node.agent.metrics.tcpTotal.Inc()
 	f.node.gov.begin(r)
 	r.start()
+	return true
 }
 
 // ended forgets r.

@@ -15,10 +15,6 @@ import (
 	"github.com/culvert-dev/culvert/daemon/api"
 )
 
-// containerAnnotation is the annotation by which a pod says which of its containers
-// people mean (kubectl's own).
-const containerAnnotation = "kubectl.kubernetes.io/default-container"
-
 // Environ is the environment of one container of a workload, as the kubelet
 // makes it. It is not safe for concurrent use.
 type Environ struct {
@@ -116,7 +112,7 @@ func chooseContainer(pod *corev1.Pod, name, of string) (*corev1.Container, error
 		name = names[0]
 	}
 	if !asked && name == "" {
-		name = pod.Annotations[containerAnnotation]
+		name = pod.Annotations[defaultContainer]
 	}
 	all := append(slices.Clone(pod.Spec.Containers), pod.Spec.InitContainers...)
 	if i := slices.IndexFunc(all, func(c corev1.Container) bool { return c.Name == name }); i >= 0 {

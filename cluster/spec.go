@@ -138,6 +138,13 @@ func stampSpec(d *appsv1.Deployment) error {
 	return nil
 }
 
+// graceSeconds is what an agent has to end: 20 s for connections from the cluster
+// that are open (agent.Config.Drain), and some for the rest. One that has none ends
+// at once.
+const graceSeconds = 25
+
+// defaultContainer is the annotation by which a pod says which of its containers
+// people mean (kubectl's own).
 const defaultContainer = "kubectl.kubernetes.io/default-container"
 
 // Istio reads the label, older versions the annotation. A sidecar would take the
@@ -161,7 +168,7 @@ func (s AgentSpec) podSpec() (corev1.PodSpec, error) {
 	if err != nil {
 		return corev1.PodSpec{}, err
 	}
-	yes, no, grace := true, false, int64(2)
+	yes, no, grace := true, false, int64(graceSeconds)
 	spec := corev1.PodSpec{
 		ServiceAccountName:            s.ServiceAccount,
 		AutomountServiceAccountToken:  &no,

@@ -124,8 +124,8 @@ func (f *udpFlow) down() {
 // udpListener is the loopback address at which a program has opened a UDP port:
 // nothing else tells before the first datagram.
 func udpListener(port uint16) (netip.Addr, bool) {
-	table4, err4 := udpTable("/proc/net/udp", port)
-	table6, err6 := udpTable("/proc/net/udp6", port)
+	table4, err4 := udpTable("/proc/thread-self/net/udp", port)
+	table6, err6 := udpTable("/proc/thread-self/net/udp6", port)
 	if err4 != nil && err6 != nil { // not Linux
 		for _, a := range []netip.Addr{loopback4, loopback6} {
 			if inUse(netip.AddrPortFrom(a, port)) {

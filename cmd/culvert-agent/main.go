@@ -60,6 +60,7 @@ func serve(args []string, stderr io.Writer) int {
 	flags.StringVar(&c.ControlAddr, "control", env("CULVERT_CONTROL", ""), "address for sessions, on loopback [CULVERT_CONTROL] (default 127.0.0.1:7531)")
 	flags.StringVar(&c.MetricsAddr, "metrics", env("CULVERT_METRICS", metricsAddr()), "address for metrics and health [CULVERT_METRICS]")
 	flags.IntVar(&c.ProxyPort, "proxy-port", envInt("CULVERT_PROXY_PORT"), "port on the pod's addresses for sessions by way of pods/proxy, 0 for 7533, -1 for none [CULVERT_PROXY_PORT]")
+	flags.IntVar(&c.InterceptPort, "intercept-port", envInt("CULVERT_INTERCEPT_PORT"), "port on the pod's addresses for gates, 0 for 7535, -1 for none [CULVERT_INTERCEPT_PORT]")
 	flags.StringVar(&c.ResolvConf, "resolv-conf", env("CULVERT_RESOLV_CONF", "/etc/resolv.conf"), "resolver settings to relay to [CULVERT_RESOLV_CONF]")
 	flags.IntVar(&c.MaxTCP, "max-tcp", envInt("CULVERT_MAX_TCP"), "TCP connections at one time, 0 for what the memory allows [CULVERT_MAX_TCP]")
 	flags.IntVar(&c.MaxUDP, "max-udp", envInt("CULVERT_MAX_UDP"), "UDP flows at one time, 0 for what the memory allows [CULVERT_MAX_UDP]")

@@ -1,13 +1,14 @@
 // Package peer is what a session and its agent say to each other about standard
 // WireGuard peers: phones and machines without culvert, which connect to the
-// agent's own UDP port. The agent serves it as HTTP with JSON on loopback of its
-// pod, where only a port-forward leads; whoever asks shows the session's secret.
+// agent's own UDP port. See package ask for the way.
 package peer
 
 import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/ask"
 )
 
 // Port is the UDP port of the agent's pod at which peers connect, WireGuard's
@@ -58,12 +59,7 @@ type Peer struct {
 }
 
 // Refusal is why the agent did not do it.
-type Refusal struct {
-	Status int    `json:"-"` // of HTTP: 400 bad input, 401 wrong secret, 404 no such peer, 409 taken or full
-	Reason string `json:"reason"`
-}
-
-func (r *Refusal) Error() string { return r.Reason }
+type Refusal = ask.Refusal
 
 // CheckName tells whether a peer may be called so: what wg-quick(8) takes for a
 // device, and begins with a letter or digit.
