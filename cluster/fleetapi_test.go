@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -41,6 +42,7 @@ type fleetAPI struct {
 	gates   map[string]http.Handler      // by pod
 	denied  []string                     // "verb resource"
 	writes  int
+	date    time.Time // zero: now
 	// Hooks, called without mu; nil: none.
 	created func(runtime.Object)
 	before  func(r *http.Request)
@@ -174,6 +176,9 @@ func (s *fleetAPI) list(kind string) (names []string) {
 func (s *fleetAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.before != nil {
 		s.before(r)
+	}
+	if !s.date.IsZero() {
+		w.Header().Set("Date", s.date.Format(http.TimeFormat))
 	}
 	if strings.HasSuffix(r.URL.Path, "/portforward") {
 		s.forward(w, r)

@@ -3,6 +3,8 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"slices"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -40,15 +42,40 @@ func (c *Cluster) EnsureGates(ctx context.Context, namespace string, spec GateSp
 	if err := c.ensureBudget(ctx, state.object, spec); err != nil {
 		return err
 	}
-	owner := string(state.object.UID)
 	w := &podWait{
-		c: c, role: "gate", namespace: namespace, name: spec.Name, selector: GateSelector(spec.Name),
+		c: c, role: "gate", namespace: namespace, name: spec.Name, selector: spec.selector(state.object.UID).MatchLabels,
 		want: int(spec.replicas()), progress: progress, strict: created,
-		// A Service selects them, too, as long as they are ready.
-		stranger: func(pod *corev1.Pod) bool { return pod.Labels[LabelGateState] != owner },
 	}
-	_, err = w.run(ctx)
-	return err
+	if _, err := w.run(ctx); err != nil {
+		return err
+	}
+	return c.awaitOldGates(ctx, spec.Name, state.object, w.say)
+}
+
+// awaitOldGates returns when all pods of gates belong to owner. Services select
+// the others, too, as long as nobody ends them, and they know nothing new.
+func (c *Cluster) awaitOldGates(ctx context.Context, gate string, owner *corev1.ConfigMap, say func(string)) error {
+	for {
+		pods, err := c.runningGates(ctx, owner.Namespace, gate)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(pods, func(pod *corev1.Pod) bool {
+			return onItsWay(pod) && pod.Labels[LabelGateState] != string(owner.UID)
+		}) {
+			return nil
+		}
+		say("waiting until the gates of before end")
+		select {
+		case <-ctx.Done():
+			return &api.Error{
+				Code:    api.CodeTimeout,
+				Message: fmt.Sprintf("gates of before are still there in namespace %q: does the cluster's garbage collector run?", owner.Namespace),
+				Hint:    fmt.Sprintf("`kubectl -n %s get replicaset,pod -l %s=%s` shows them", owner.Namespace, LabelGate, gate),
+			}
+		case <-time.After(pollGone):
+		}
+	}
 }
 
 // createOrAdoptGates says whether it created the Deployment.

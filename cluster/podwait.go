@@ -31,9 +31,6 @@ type podWait struct {
 	want      int // that many pods, the newest
 	progress  func(string)
 	strict    bool // the first trouble is the error
-	// stranger tells pods that selector finds, too, and that have to be gone
-	// first; nil: there are none.
-	stranger func(*corev1.Pod) bool
 
 	step    string
 	pods    map[string]*corev1.Pod // by uid
@@ -180,21 +177,10 @@ func (w *podWait) look() ([]*corev1.Pod, error) {
 		w.say(stepOf(waiting))
 	case len(pods) < w.want:
 		w.say("waiting for the " + w.role + "'s pod")
-	case w.strangers():
-		w.say("waiting until the " + w.role + "s of before are gone")
 	default:
 		return pods, nil
 	}
 	return nil, nil
-}
-
-func (w *podWait) strangers() bool {
-	for _, pod := range w.pods {
-		if w.stranger != nil && w.stranger(pod) && onItsWay(pod) {
-			return true
-		}
-	}
-	return false
 }
 
 // troubled is the error when strict, else progress.
@@ -230,7 +216,7 @@ func (w *podWait) noteEvent(e *corev1.Event) error {
 func (w *podWait) current() []*corev1.Pod {
 	var pods []*corev1.Pod
 	for _, pod := range w.pods {
-		if onItsWay(pod) && (w.stranger == nil || !w.stranger(pod)) {
+		if onItsWay(pod) {
 			pods = append(pods, pod)
 		}
 	}
