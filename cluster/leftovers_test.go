@@ -50,15 +50,15 @@ func fleetOf(t *testing.T) (*fleetAPI, *Cluster) {
 		return d
 	}
 	for _, session := range []string{"dead", "none", "live"} {
-		server.put(&corev1.Service{ObjectMeta: object("held-"+session, "", annotationIntercept, held(session))})
+		server.put(&corev1.Service{ObjectMeta: object("held-"+session, "", AnnotationIntercept, held(session))})
 		server.put(&corev1.Service{ObjectMeta: object("origin-"+session, session)})
 		server.put(&networkingv1.NetworkPolicy{ObjectMeta: object("policy-"+session, session)})
 		server.put(&networkingv1.Ingress{ObjectMeta: object("ingress-"+session, session)})
 		server.put(agent("agent-"+session, session, AnnotationHeartbeat, HeartbeatLease))
 		server.put(agent("quiet-"+session, session))
-		server.put(&appsv1.StatefulSet{ObjectMeta: object("set-"+session, "", annotationScaled, held(session))})
+		server.put(&appsv1.StatefulSet{ObjectMeta: object("set-"+session, "", AnnotationScaled, held(session))})
 	}
-	server.put(&corev1.Service{ObjectMeta: object("broken", "", annotationIntercept, "{")})
+	server.put(&corev1.Service{ObjectMeta: object("broken", "", AnnotationIntercept, "{")})
 	server.put(&corev1.Service{ObjectMeta: object("plain", "")})
 	server.put(&appsv1.Deployment{ObjectMeta: object("plain", "")})
 	young := object("young", "none")
@@ -67,7 +67,7 @@ func fleetOf(t *testing.T) (*fleetAPI, *Cluster) {
 	udp := object("udp", "none")
 	udp.OwnerReferences = []metav1.OwnerReference{{Kind: "Deployment", Name: "quiet-none"}}
 	server.put(&corev1.Service{ObjectMeta: udp})
-	copied := object("copied", "", annotationScaled, held("dead"))
+	copied := object("copied", "", AnnotationScaled, held("dead"))
 	copied.OwnerReferences = udp.OwnerReferences
 	server.put(&appsv1.ReplicaSet{ObjectMeta: copied})
 	return server, c

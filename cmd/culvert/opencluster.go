@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"path/filepath"
+	"os"
 	"strings"
 
 	"golang.org/x/term"
@@ -11,26 +11,30 @@ import (
 	"github.com/culvert-dev/culvert/daemon/api"
 )
 
-// openCluster is the cluster that --kubeconfig, --context and --namespace mean,
-// for commands that need no daemon. One request was made, with the terminal for a
-// credentials plugin.
+// openCluster opens the cluster of the kubeconfig's context, after one request
+// with the terminal attached: a credentials plugin may ask the user something.
 func (a *app) openCluster(ctx context.Context) (*cluster.Cluster, error) {
-	c, err := currentCaller(a.name)
+	if os.Getuid() == 0 && os.Getenv("SUDO_UID") != "" {
+		return nil, &api.Error{
+			Code:    api.CodeDenied,
+			Message: "this command needs no root, and the kubeconfig and its plugins are not root's to run",
+			Hint:    "run it without sudo",
+		}
+	}
+	env, home := environment(os.Environ()), os.Getenv("HOME")
+	paths, err := kubeconfigPaths(a.kubeconfig, env, home)
 	if err != nil {
 		return nil, err
 	}
-	paths, err := kubeconfigPaths(a.kubeconfig, c.env, c.home)
-	if err != nil {
-		return nil, err
-	}
-	opts := api.Options{Kubeconfig: strings.Join(paths, string(filepath.ListSeparator)), Context: a.context, Namespace: a.namespace}
-	t, err := newTarget(opts, c.env, c.home)
+	o := api.Options{Kubeconfig: strings.Join(paths, string(os.PathListSeparator)), Context: a.context, Namespace: a.namespace}
+	t, err := newTarget(o, env, home)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := whoAmI(ctx, t, term.IsTerminal(int(a.in.Fd()))); err != nil {
 		return nil, cancelled(err)
 	}
-	opts.Context, opts.Namespace = t.Context, t.Namespace
-	return cluster.Open(opts)
+	o.Context, o.Namespace = t.Context, t.Namespace
+	a.context, a.namespace = t.Context, t.Namespace
+	return cluster.Open(o)
 }
