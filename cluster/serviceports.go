@@ -65,24 +65,37 @@ func (p *ServicePlan) Mapping() []string {
 	return lines
 }
 
-// meant says whether e may mean the port: by its number or name, or by its
-// targetPort.
-func (p PlanPort) meant(e Expose) bool {
-	if e.Protocol != "" && e.Protocol != p.Protocol {
-		return false
+// meant says whether e may mean the port, and how well: 1 by the Service's own
+// name, or as a number that the Service has written down, 2 by a targetPort's name,
+// 3 by the number that such a name stands for in the pods, 0 not at all.
+func (p PlanPort) meant(e Expose) int {
+	switch {
+	case e.Protocol != "" && e.Protocol != p.Protocol:
+	case e.Remote == strconv.Itoa(int(p.Port)), e.Remote == p.Name,
+		p.TargetPort.Type == intstr.Int && e.Remote == p.TargetPort.String():
+		return 1
+	case e.Remote == p.TargetPort.String():
+		return 2
+	case p.Number != 0 && e.Remote == strconv.Itoa(int(p.Number)):
+		return 3
 	}
-	return e.Remote == strconv.Itoa(int(p.Port)) || e.Remote == p.Name || e.Remote == p.TargetPort.String() ||
-		p.Number != 0 && e.Remote == strconv.Itoa(int(p.Number))
+	return 0
 }
 
-// matches are the ports that e may mean. It is one, or TCP and UDP of the same
+// matches are the ports that e means best. It is one, or TCP and UDP of the same
 // number, unless e is ambiguous.
 func (p *ServicePlan) matches(e Expose) (found []int, ambiguous bool) {
+	best := 0
 	for i, port := range p.Ports {
-		if port.meant(e) {
-			found = append(found, i)
-			ambiguous = ambiguous || port.Port != p.Ports[found[0]].Port
+		how := port.meant(e)
+		if how == 0 || best != 0 && how > best {
+			continue
 		}
+		if how != best {
+			best, found, ambiguous = how, nil, false
+		}
+		found = append(found, i)
+		ambiguous = ambiguous || port.Port != p.Ports[found[0]].Port
 	}
 	return found, ambiguous
 }

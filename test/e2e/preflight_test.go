@@ -234,6 +234,12 @@ kind: RoleBinding
 metadata: {name: culvert-user, namespace: tight-shop}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-user}
 subjects: [{kind: Group, name: developers, apiGroup: rbac.authorization.k8s.io}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: culvert-intercept, namespace: tight-shop}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-intercept}
+subjects: [{kind: Group, name: developers, apiGroup: rbac.authorization.k8s.io}]
 `)
 		refused{args: exchangeOf("till", "-n", "tight-shop"), code: 1, words: []string{"quota", "tight-shop"}}.check(t, alice)
 		left := listNamespace(t, "tight-shop")

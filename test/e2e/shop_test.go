@@ -26,6 +26,24 @@ metadata: {name: culvert-user, namespace: shop}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-user}
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: developers}]
 ---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: culvert-intercept, namespace: shop}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-intercept}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: developers}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: culvert-scale, namespace: shop}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-scale}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: developers}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: culvert-environ, namespace: shop}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-environ}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: developers}]
+---
 apiVersion: v1
 kind: ConfigMap
 metadata: {name: cart, namespace: shop}
