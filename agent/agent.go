@@ -30,7 +30,8 @@
 //     pods/proxy that have not proved themselves.
 //   - connections from the cluster: they are TCP connections as above, of which
 //     they may be half. 256 that have not introduced themselves, and as many
-//     watches, 10 KB each. UDP flows at exposed ports are among them, and queue 8 MiB together.
+//     watches, 10 KB each. UDP flows at exposed ports are among them, and queue
+//     8 MiB together.
 package agent
 
 import (
