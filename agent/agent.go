@@ -29,8 +29,9 @@
 //   - streams that have not introduced themselves: 16, and as many at the port for
 //     pods/proxy that have not proved themselves.
 //   - connections from the cluster: they are TCP connections as above, of which
-//     they may be half. 256 that have not introduced themselves, and 64 watches, 10
-//     KB each. UDP flows at exposed ports are among them, and queue 8 MiB together.
+//     they may be half. 256 that have not introduced themselves, and as many
+//     watches, 10 KB each. UDP flows at exposed ports are among them, and queue
+//     8 MiB together.
 package agent
 
 import (
@@ -154,7 +155,7 @@ type timing struct {
 	header      time.Duration // for a gate's connection to introduce itself
 	watchDial   time.Duration // of the watch of the session
 	sessionDial time.Duration // of a connection from the cluster
-	answer      time.Duration // the same, with the session's status: its own dial takes 1.5 s at most
+	answer      time.Duration // the same, with the session's status: its dial takes 1.5 s at most, and a gate waits 2
 	silent      time.Duration // without a beat, and the machine is away
 	lost        time.Duration // that it is away before connections are reset
 	unused      time.Duration // without need before the session is watched no longer
@@ -177,7 +178,7 @@ func defaultTiming() timing {
 		header:      5 * time.Second,
 		watchDial:   time.Second,
 		sessionDial: intercept.SilentAfter,
-		answer:      2 * time.Second,
+		answer:      1800 * time.Millisecond,
 		silent:      intercept.SilentAfter,
 		lost:        intercept.LostAfter,
 		unused:      5 * time.Minute,

@@ -22,8 +22,9 @@ const (
 	// maxUnmetInboundFrom bounds those of one source, so that one pod cannot keep
 	// the gates out; a gate may open many at once.
 	maxUnmetInboundFrom = 128
-	// maxWatches bounds the watches of gates: two of each gate that is replaced.
-	maxWatches = 64
+	// maxWatches bounds the watches of gates: each gate has one, and a namespace has
+	// two gates, or two for each headless Service.
+	maxWatches = 256
 )
 
 // inboundDoor takes connections from the cluster on the pod's addresses, from
