@@ -207,3 +207,99 @@ func TestPoliciesOnServer(t *testing.T) {
 		t.Errorf("%d left, %v", len(all.Items), err)
 	}
 }
+
+// With an image that has gates, which CULVERT_E2E_AGENT_IMAGE names and the nodes
+// hold: they become ready, are told what to do, and those that come later, too.
+func TestGatesAreToldOnServer(t *testing.T) {
+	image := os.Getenv("CULVERT_E2E_AGENT_IMAGE")
+	if image == "" {
+		t.Fatal("CULVERT_E2E_AGENT_IMAGE is not set")
+	}
+	ns := gatesNamespace()
+	admin, c := as(t, "admin", ns), as(t, "developer", ns)
+	ctx := within(t, 2*time.Minute)
+	spec := GateSpec{Name: intercept.GateName, Agent: AgentSpec{Image: image}}
+	t.Cleanup(func() { _, _, _ = c.RemoveGateEntry(context.Background(), ns, "web") })
+	entry := testEntry(intercept.GateName, "s1", 20001)
+	entry.Routes[0].Origin = "192.0.2.1:80" // nobody, see RFC 5737
+	_, err := c.ChangeGateState(ctx, ns, addEntry("web", entry))
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	if err := c.EnsureGates(ctx, ns, spec, func(step string) { t.Log(step) }); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("ready after %v", time.Since(begun))
+	entry.Routes[0].Listen = 20002
+	s, err := c.ChangeGateState(ctx, ns, addEntry("web", entry))
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun = time.Now()
+	if err := c.Push(ctx, ns, intercept.GateName, s); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("pushed in %v", time.Since(begun))
+	told := func() bool {
+		all, err := c.GateStatuses(ctx, ns, intercept.GateName)
+		n := 0
+		for _, status := range all {
+			if status.Generation == s.Generation && len(status.Routes) == 1 && status.Routes[0].Listen == entry.Routes[0].Listen {
+				n++
+			}
+		}
+		return err == nil && n == 2
+	}
+	if !told() {
+		t.Error("the gates do not say what they were told")
+	}
+	if got, err := c.Reach(ctx, ns, intercept.GateName, "web"); err != nil || len(got) != 1 || got[0].Error == "" || got[0].Error == "refused" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	keeping, stop := context.WithCancel(ctx)
+	defer stop()
+	gone := make(chan string, 4)
+	go func() { _ = c.KeepGates(keeping, ns, intercept.GateName, func(what string) { gone <- what }) }()
+	pods, err := c.runningGates(ctx, ns, intercept.GateName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := admin.client.Pods(ns).Delete(ctx, pods[0].Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// Whoever changed it died before he pushed.
+	entry.Routes[0].Listen = 20003
+	if s, err = c.ChangeGateState(ctx, ns, addEntry("web", entry)); err != nil {
+		t.Fatal(err)
+	}
+	begun = time.Now()
+	for !told() {
+		if ctx.Err() != nil {
+			t.Fatal("the gates were not told")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Logf("told after %v", time.Since(begun))
+	// In time for the last one out, and the first one in while they drain.
+	if last, _, err := c.RemoveGateEntry(ctx, ns, "web"); err != nil || !last {
+		t.Fatalf("last %v, %v", last, err)
+	}
+	for range 2 {
+		select {
+		case what := <-gone:
+			t.Log(what)
+		case <-ctx.Done():
+			t.Fatal("nobody said that the gates are gone")
+		}
+	}
+	stop()
+	if _, err := c.ChangeGateState(ctx, ns, addEntry("web", entry)); err != nil {
+		t.Fatal(err)
+	}
+	begun = time.Now()
+	if err := c.EnsureGates(ctx, ns, spec, func(step string) { t.Log(step) }); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("anew after %v", time.Since(begun))
+}

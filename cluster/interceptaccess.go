@@ -2,7 +2,9 @@ package cluster
 
 import (
 	"context"
+	"fmt"
 
+	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
@@ -58,8 +60,22 @@ func (c *Cluster) InterceptAccess(ctx context.Context, namespace string, kinds .
 	}
 	for _, check := range checks {
 		if check.Needed && !check.Allowed {
-			return c.refused(ctx, check)
+			err := c.refused(ctx, check)
+			if e, ok := err.(*api.Error); ok {
+				e.Hint = grantHint(check)
+			}
+			return err
 		}
 	}
 	return nil
+}
+
+// grantHint names the role that has a verb of interceptChecks.
+func grantHint(check Check) string {
+	role := "culvert-intercept"
+	if check.group == "apps" && check.Verb == "patch" {
+		role = "culvert-scale"
+	}
+	return fmt.Sprintf("an administrator can grant it with the role %s of deploy/rbac/culvert.yaml: `kubectl create rolebinding %s --clusterrole=%s --user=YOU -n %s`",
+		role, role, role, check.Namespace)
 }

@@ -24,8 +24,8 @@ const (
 func LeaseName(session string) string { return "culvert-" + session }
 
 // Heartbeat makes or renews a session's Lease, once, with the API server's time.
-// user and origin are as in AgentSpec. With an owner the Lease goes when that
-// does; nil: only DeleteLease removes it. Errors are *api.Error.
+// user and origin are as in AgentSpec. With an owner, of the same
+// namespace, the Lease goes when that does; nil: only DeleteLease removes it. Errors are *api.Error.
 func (c *Cluster) Heartbeat(ctx context.Context, namespace, session, user, origin string, owner *metav1.OwnerReference) error {
 	name := LeaseName(session)
 	what := fmt.Sprintf("renewing Lease %s in namespace %q", name, namespace)

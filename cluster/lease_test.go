@@ -82,26 +82,3 @@ func TestLeaseErrors(t *testing.T) {
 		t.Errorf("forbidden: %v", err)
 	}
 }
-
-func TestInterceptAccess(t *testing.T) {
-	server, c := newFleetAPI(t)
-	all := []string{"exchange", "preview", "scale"}
-	if err := c.InterceptAccess(t.Context(), "demo", all...); err != nil {
-		t.Error(err)
-	}
-	for verb, kinds := range map[string][]string{
-		"update configmaps": {"exchange"}, "create poddisruptionbudgets": {"preview"}, "patch services": {"exchange"}, "patch statefulsets": {"scale"},
-	} {
-		server.denied = []string{verb}
-		err := server.open(t).InterceptAccess(t.Context(), "demo", kinds...)
-		v, resource, _ := strings.Cut(verb, " ")
-		var e *api.Error
-		if !errors.As(err, &e) || e.Code != api.CodeForbidden || !strings.Contains(e.Message, v+" "+resource) || !strings.Contains(e.Message, `"demo"`) {
-			t.Errorf("%s: %v", verb, err)
-		}
-	}
-	server.denied = []string{"list networkpolicies", "patch deployments"}
-	if err := c.InterceptAccess(t.Context(), "demo", "exchange", "preview"); err != nil {
-		t.Errorf("what exchange works without: %v", err)
-	}
-}

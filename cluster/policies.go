@@ -237,7 +237,7 @@ func policyError(p *networkingv1.NetworkPolicy, err error) error {
 		Code: api.CodeForbidden,
 		Message: fmt.Sprintf("NetworkPolicies in namespace %q would keep traffic from the gates, the agent or the origin, and you may not create one beside them: %s",
 			p.Namespace, trim(err)),
-		Hint: hintRBAC + "; culvert-intercept is the one that is needed",
+		Hint: grantHint(Check{Namespace: p.Namespace}),
 	}
 }
 

@@ -70,6 +70,19 @@ func (g *fakeGate) generation() int64 {
 	return g.state.Generation
 }
 
+func (g *fakeGate) times() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.puts
+}
+
+// set changes what the gate answers.
+func (g *fakeGate) set(change func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	change()
+}
+
 func (s *fleetAPI) addGate(name string, isReady bool) *fakeGate {
 	g := &fakeGate{}
 	s.mu.Lock()
@@ -85,10 +98,11 @@ func TestPush(t *testing.T) {
 	away := server.addGate("away", false)
 	blocked := make(chan struct{})
 	defer close(blocked)
-	server.addGate("stuck", false).block = blocked
+	stuck := server.addGate("stuck", false)
+	stuck.set(func() { stuck.block = blocked })
 	server.put(gatePod("refusing", "culvert-gate", "u1", false)) // nothing listens
 	server.put(gatePod("other", "culvert-gate-db", "u1", true))  // of another Deployment
-	b.state.Generation = 9                                       // somebody was faster
+	b.set(func() { b.state.Generation = 9 })                     // somebody was faster
 	begun := time.Now()
 	err := c.Push(t.Context(), "demo", "culvert-gate", &intercept.State{Generation: 5})
 	if err != nil || a.generation() != 5 || b.generation() != 9 || away.generation() != 5 {
@@ -102,7 +116,7 @@ func TestPush(t *testing.T) {
 func TestPushWaitsForReadyGates(t *testing.T) {
 	server, c := newFleetAPI(t)
 	a, b := server.addGate("a", true), server.addGate("b", true)
-	b.failed = []string{"web: port 20001: address already in use"}
+	b.set(func() { b.failed = []string{"web: port 20001: address already in use"} })
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	err := c.Push(ctx, "demo", "culvert-gate", &intercept.State{Generation: 1})
@@ -110,14 +124,12 @@ func TestPushWaitsForReadyGates(t *testing.T) {
 	if !errors.As(err, &e) || e.Code != api.CodeAgent || !strings.Contains(e.Message, "gate b: web: port 20001") {
 		t.Fatal(err)
 	}
-	if a.puts != 1 || b.puts < 2 {
-		t.Errorf("%d and %d times", a.puts, b.puts)
+	if a.times() != 1 || b.times() < 2 {
+		t.Errorf("%d and %d times", a.times(), b.times())
 	}
 	go func() {
 		time.Sleep(100 * time.Millisecond)
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.failed = nil
+		b.set(func() { b.failed = nil })
 	}()
 	if err := c.Push(t.Context(), "demo", "culvert-gate", &intercept.State{Generation: 2}); err != nil || b.generation() != 2 {
 		t.Error(err)
@@ -144,13 +156,13 @@ func TestPushToNobody(t *testing.T) {
 func TestGateStatusesAndReach(t *testing.T) {
 	server, c := newFleetAPI(t)
 	a, b := server.addGate("a", true), server.addGate("b", true)
-	a.state.Generation = 4
+	a.set(func() { a.state.Generation = 4 })
 	all, err := c.GateStatuses(t.Context(), "demo", "culvert-gate")
 	if err != nil || len(all) != 2 || all["a"].Generation != 4 {
 		t.Errorf("%v, %v", all, err)
 	}
-	a.reached = []intercept.Reached{{Port: 90, Error: "refused"}, {Port: 80}, {Port: 70}}
-	b.reached = []intercept.Reached{{Port: 90}, {Port: 80, Error: "timeout"}, {Port: 70}}
+	a.set(func() { a.reached = []intercept.Reached{{Port: 90, Error: "refused"}, {Port: 80}, {Port: 70}} })
+	b.set(func() { b.reached = []intercept.Reached{{Port: 90}, {Port: 80, Error: "timeout"}, {Port: 70}} })
 	got, err := c.Reach(t.Context(), "demo", "culvert-gate", "web")
 	if want := []intercept.Reached{{Port: 70}, {Port: 80, Error: "timeout"}, {Port: 90, Error: "refused"}}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
@@ -188,8 +200,8 @@ func TestKeepGates(t *testing.T) {
 	until(t, "a gate that became ready was not told", func() bool { return a.generation() == 1 })
 	b := server.addGate("b", true)
 	until(t, "a new gate was not told", func() bool { return b.generation() == 1 })
-	if a.puts != 1 {
-		t.Errorf("a gate that knew it was told %d times", a.puts)
+	if a.times() != 1 {
+		t.Errorf("a gate that knew it was told %d times", a.times())
 	}
 	// The state changed, and whoever did it died before he pushed it.
 	if _, err := c.ChangeGateState(t.Context(), "demo", addEntry("db", testEntry("culvert-gate", "s2"))); err != nil {
