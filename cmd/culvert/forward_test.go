@@ -324,8 +324,9 @@ func TestForwardNobody(t *testing.T) {
 		c, err := net.Dial("tcp", proxy.String())
 		if err == nil {
 			defer c.Close()
-			fmt.Fprint(c, "x")
-			_, err = io.ReadAll(c)
+			if _, err = fmt.Fprint(c, "x"); err == nil {
+				_, err = io.ReadAll(c)
+			}
 		}
 		if !isReset(err) {
 			t.Errorf("%s: %v", name, err)
