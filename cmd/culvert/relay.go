@@ -43,7 +43,7 @@ func relay(ctx context.Context, client *net.TCPConn, ways ways) error {
 			failed = errors.Join(err, failed)
 			break
 		}
-		server, err := s.connect(ctx, dial)
+		server, lost, err := s.connect(ctx, dial)
 		if err != nil {
 			failed = err
 			if s.isDone() {
@@ -55,7 +55,10 @@ func relay(ctx context.Context, client *net.TCPConn, ways ways) error {
 			pumping = true
 			pump.Go(s.pump)
 		}
-		again, err := s.receive(ctx, server)
+		stop := context.AfterFunc(ctx, func() { server.Close() })
+		again, err := s.receive(server, lost)
+		stop()
+		s.lost()
 		if !again {
 			if err != nil {
 				reset(client)
@@ -98,6 +101,7 @@ type sender struct {
 	// whom it is said, change together, so that each server hears all of it once.
 	mu      sync.Mutex
 	server  net.Conn
+	lost    context.CancelFunc // to be called when the server takes no more
 	kept    []byte
 	heard   bool // the server answered, or more was said than can be kept
 	ended   bool // the client said all
@@ -105,16 +109,15 @@ type sender struct {
 }
 
 // connect dials a server and tells it what the client has said so far. The client
-// waits meanwhile.
-func (s *sender) connect(ctx context.Context, dial dialFunc) (net.Conn, error) {
+// waits meanwhile. lost ends when the server takes no more.
+func (s *sender) connect(ctx context.Context, dial dialFunc) (server net.Conn, lost context.Context, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted {
-		return nil, net.ErrClosed
+		return nil, nil, net.ErrClosed
 	}
-	server, err := dial(ctx)
-	if err != nil {
-		return nil, err
+	if server, err = dial(ctx); err != nil {
+		return nil, nil, err
 	}
 	if len(s.kept) > 0 {
 		_, err = server.Write(s.kept)
@@ -124,10 +127,11 @@ func (s *sender) connect(ctx context.Context, dial dialFunc) (net.Conn, error) {
 	}
 	if err != nil {
 		server.Close()
-		return nil, fmt.Errorf("sending: %w", err)
+		return nil, nil, fmt.Errorf("sending: %w", err)
 	}
 	s.server = server
-	return server, nil
+	lost, s.lost = context.WithCancel(ctx)
+	return server, lost, nil
 }
 
 func (s *sender) isDone() bool {
@@ -162,35 +166,38 @@ func (s *sender) say(p []byte) bool {
 			s.kept = append(s.kept, p...)
 		}
 	}
-	server, heard := s.server, s.heard
+	server, lost, heard := s.server, s.lost, s.heard
 	s.mu.Unlock()
-	if _, err := server.Write(p); err != nil && heard {
-		server.Close() // releases receive, which resets the client
-		return false
+	_, err := server.Write(p)
+	if err == nil {
+		return true
 	}
-	return true // before an answer, the reason comes in the place of the answer
+	// Before an answer, the reason may come in the place of the answer.
+	lost()
+	if heard {
+		server.Close()
+	}
+	return !heard
 }
 
 // end is the client's: io.EOF, or it is gone.
 func (s *sender) end(err error) {
 	s.mu.Lock()
 	s.ended, s.aborted = err == io.EOF, err != io.EOF
-	server := s.server
+	server, lost := s.server, s.lost
 	s.mu.Unlock()
 	if err != io.EOF {
 		reset(server)
-		return
+	} else if closeWrite(server) != nil {
+		lost()
 	}
-	_ = closeWrite(server) // if it fails, reading fails too
 }
 
 // receive passes on what the server says, and returns when both have ended. again
 // says that it said nothing, because of err, and that another may be tried. An
 // err without again is for the client, as a reset.
-func (s *sender) receive(ctx context.Context, server net.Conn) (again bool, err error) {
+func (s *sender) receive(server net.Conn, lost context.Context) (again bool, err error) {
 	defer server.Close()
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
 	buf := make([]byte, 32<<10)
 	n, err := server.Read(buf)
 	if n == 0 && cluster.NotDialled(err) && s.again(server) {
@@ -214,12 +221,20 @@ func (s *sender) receive(ctx context.Context, server net.Conn) (again bool, err 
 	if err != io.EOF {
 		return false, err
 	}
+	// A reset that the writer was told of is an end for the reader.
+	wasReset := errors.New("the connection was reset")
+	if lost.Err() != nil {
+		return false, wasReset
+	}
 	if s.client.CloseWrite() != nil {
 		return false, nil
 	}
 	select {
 	case <-s.over:
-	case <-ctx.Done():
+	case <-lost.Done():
+	}
+	if lost.Err() != nil {
+		return false, wasReset
 	}
 	return false, nil
 }
