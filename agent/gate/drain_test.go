@@ -1,0 +1,592 @@
+package gate
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
+)
+
+// httpServer answers "NAME BODY" after 2 ms, chunked for POSTs.
+func httpServer(t *testing.T, name string) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: answerer(name)}
+	s.Protocols = new(http.Protocols)
+	s.Protocols.SetHTTP1(true)
+	s.Protocols.SetUnencryptedHTTP2(true)
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	return l.Addr().String()
+}
+
+func answerer(name string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		time.Sleep(2 * time.Millisecond)
+		if r.Method == http.MethodPost {
+			w.(http.Flusher).Flush() // no Content-Length then
+		}
+		fmt.Fprintf(w, "%s %s", name, b)
+	})
+}
+
+// handedListener gives an HTTP server connections that came by another way.
+type handedListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newHandedListener() *handedListener {
+	return &handedListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *handedListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *handedListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *handedListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// load is 8 closed-loop clients with keep-alive which make 200 requests a second
+// together, half of them POSTs, which no client repeats.
+type load struct {
+	t      *testing.T
+	stop   context.CancelFunc
+	done   sync.WaitGroup
+	total  atomic.Int64
+	served sync.Map // by name
+	failed atomic.Int64
+}
+
+func startLoad(t *testing.T, port uint16, http2 bool) *load {
+	ctx, stop := context.WithCancel(context.Background())
+	l := &load{t: t, stop: stop}
+	t.Cleanup(func() { stop(); l.done.Wait() })
+	for i := range 8 {
+		tr := &http.Transport{MaxIdleConnsPerHost: 1, Protocols: new(http.Protocols)}
+		tr.Protocols.SetHTTP1(!http2)
+		tr.Protocols.SetUnencryptedHTTP2(http2)
+		client := &http.Client{Transport: tr, Timeout: 10 * time.Second}
+		l.done.Go(func() {
+			defer tr.CloseIdleConnections()
+			for n := 0; sleep(ctx, 40*time.Millisecond); n++ {
+				l.request(client, port, i, n)
+			}
+		})
+	}
+	return l
+}
+
+func (l *load) request(client *http.Client, port uint16, i, n int) {
+	method, body := http.MethodGet, ""
+	if n%2 == 0 {
+		method, body = http.MethodPost, fmt.Sprintf("%d-%d", i, n)
+	}
+	r, err := http.NewRequest(method, fmt.Sprintf("http://127.0.0.1:%d/x", port), strings.NewReader(body))
+	if err != nil {
+		l.t.Error(err)
+		return
+	}
+	if body == "" {
+		r.Body = nil
+	}
+	l.total.Add(1)
+	resp, err := client.Do(r)
+	if err == nil {
+		defer resp.Body.Close()
+		var b []byte
+		b, err = io.ReadAll(resp.Body)
+		name, got, _ := strings.Cut(string(b), " ")
+		if err == nil && got != body {
+			err = fmt.Errorf("body %q", got)
+		}
+		l.served.Store(name, true)
+	}
+	if err != nil {
+		l.failed.Add(1)
+		l.t.Errorf("%s: %v", method, err)
+	}
+}
+
+func (l *load) seen(name string) bool { _, ok := l.served.Load(name); return ok }
+
+// TestDrainUnderLoad: nobody loses a request when an entry is drained, the agent
+// leaves, or the gate gets SIGTERM.
+func TestDrainUnderLoad(t *testing.T) {
+	for _, http2 := range []bool{false, true} {
+		for _, how := range []string{"entry", "agent", "sigterm", "route"} {
+			t.Run(fmt.Sprintf("%s, http2 %t", how, http2), func(t *testing.T) {
+				t.Parallel()
+				conns := newHandedListener()
+				machine := &http.Server{Handler: answerer("machine"), Protocols: new(http.Protocols)}
+				machine.Protocols.SetHTTP1(true)
+				machine.Protocols.SetUnencryptedHTTP2(true)
+				go machine.Serve(conns)
+				t.Cleanup(func() { machine.Close() })
+				a := startAgent(t, func(_ intercept.Header, c *net.TCPConn) { conns.conns <- c })
+				origin := httpServer(t, "origin")
+				g := startGate(t, Config{Drain: 5 * time.Second}, func(x *timing) { x.linger = time.Second })
+				route := tcpRoute(t, origin, a.machine())
+				s := stateOf(1, route)
+				g.push(s)
+				g.machineIs(intercept.Accepted)
+				l := startLoad(t, route.Listen, http2)
+				time.Sleep(500 * time.Millisecond)
+				if !l.seen("machine") || l.seen("origin") {
+					t.Fatal("the machine does not serve")
+				}
+				toMachine := func() int { return g.status().Routes[0].OpenToMachine }
+				if n := toMachine(); n != 8 {
+					t.Errorf("%d connections of 8 are open", n)
+				}
+				switch how {
+				case "entry":
+					g.push(draining(s))
+				case "agent":
+					a.say.Store(int32(intercept.Away))
+					a.beat.Store(int32(intercept.Leaving))
+				case "route": // from machine to origin
+					route.Machine = nil
+					g.push(stateOf(2, route))
+				case "sigterm":
+					begin := time.Now()
+					g.stop()
+					// Clients are led elsewhere in the time in which new connections are
+					// accepted. Before, each has one response more from here.
+					time.Sleep(700 * time.Millisecond)
+					l.stop()
+					l.done.Wait()
+					if err := <-g.stopped; err != nil {
+						t.Errorf("Run: %v", err)
+					}
+					if d := time.Since(begin); d > 4*time.Second {
+						t.Errorf("ended after %s", d)
+					}
+					t.Logf("%d requests, %d failed", l.total.Load(), l.failed.Load())
+					return
+				}
+				eventually(t, "no connection to the machine is open", func() bool { return toMachine() == 0 })
+				time.Sleep(300 * time.Millisecond)
+				if !l.seen("origin") {
+					t.Error("the origin does not serve")
+				}
+				l.stop()
+				l.done.Wait()
+				t.Logf("%d requests, %d failed", l.total.Load(), l.failed.Load())
+			})
+		}
+	}
+}
+
+// raw is a server of exact bytes: for each request head that it reads it writes
+// the next of its answers; "" closes the connection.
+func raw(t *testing.T, answers ...string) string {
+	return serve(t, func(c *net.TCPConn) {
+		br := bufio.NewReader(c)
+		for _, a := range answers {
+			for line := ""; line != "\r\n"; {
+				var err error
+				if line, err = br.ReadString('\n'); err != nil {
+					c.Close()
+					return
+				}
+			}
+			if a == "" {
+				break
+			}
+			for i, part := range strings.Split(a, "|") { // a pause
+				if i > 0 {
+					time.Sleep(20 * time.Millisecond)
+				}
+				io.WriteString(c, part)
+			}
+			if strings.HasSuffix(a, "until EOF") {
+				break
+			}
+			if strings.Contains(a, "101 ") {
+				answerLines("upgraded", struct {
+					io.Reader
+					net.Conn
+				}{br, c}.Conn)
+			}
+		}
+		c.Close()
+	})
+}
+
+// TestLastResponse: of any framing, and its connection is closed with it.
+func TestLastResponse(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, method, answer string
+		want                 string // "": answer with Connection: close
+	}{
+		{"length", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-lower: a\r\n\r\nhello", ""},
+		{"length in pieces", "GET", "HTTP/1.1 20|0 OK\r\nContent-Len|gth: 5\r\n|\r\nhe|llo", ""},
+		{"keep-alive", "GET", "HTTP/1.1 200 OK\r\nConnection: Keep-Alive\r\nKeep-Alive: timeout=5\r\nContent-Length: 0\r\n\r\n",
+			"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"},
+		{"HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", ""},
+		{"HEAD, chunked", "HEAD", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", ""},
+		{"204", "DELETE", "HTTP/1.1 204 No Content\r\n\r\n", ""},
+		{"304", "GET", "HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\n\r\n", ""},
+		{"chunked", "POST", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n| world\r\n0\r\n\r\n", ""},
+		{"trailers", "POST", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n5\r\nhello\r\n0\r\n|X: 1\r\n|\r\n", ""},
+		{"until the end", "GET", "HTTP/1.0 200 OK\r\n\r\nhello|, until EOF", ""},
+		{"100", "PUT", "HTTP/1.1 100 Continue\r\n\r\n|HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+			"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"},
+		{"103", "GET", "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+			"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"},
+		{"newlines alone", "GET", "HTTP/1.1 200 OK\nContent-Length: 2\n\nok", "HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\r\n\nok"},
+		{"large", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + strings.Repeat("x", 3000000), ""},
+		{"a long head", "GET", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 30000) + "\r\nContent-Length: 2\r\n\r\nok", ""},
+		{"cut", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\nhello, until EOF", "reset"},
+		{"cut in the head", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 500, until EOF", "HTTP/1.1 200 OK\r\nContent-Length: 500, until EOF"},
+		{"nothing", "GET", "", "\x00"},
+		{"no HTTP at all", "GET", "+OK Redis, until EOF", "+OK Redis, until EOF"},
+		{"nonsense", "GET", "HTTP/1.1 abc\r\n\r\nxyz, until EOF", "HTTP/1.1 abc\r\n\r\nxyz, until EOF"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+			const first = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nfirst"
+			route := tcpRoute(t, raw(t, first, c.answer, "HTTP/1.1 500 one too many\r\n\r\n"), nil)
+			s := stateOf(1, route)
+			g.push(s)
+			conn := dial(t, route.Listen)
+			if got := ask(t, conn, "GET /1 HTTP/1.1\r\nHost: x\r\n\r"); got != first {
+				t.Fatalf("the first answer: %q", got)
+			}
+			g.push(draining(s))
+			time.Sleep(30 * time.Millisecond)
+			io.WriteString(conn, c.method+" /2 HTTP/1.1\r\nHost: x\r\n\r\n")
+			got, err := io.ReadAll(conn)
+			want := c.want
+			if want == "" {
+				want = strings.ReplaceAll(c.answer, "|", "")
+				head, body, _ := strings.Cut(want, "\r\n\r\n")
+				want = head + "\r\nConnection: close\r\n\r\n" + body
+			}
+			switch want {
+			case "reset":
+				if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.ErrUnexpectedEOF) {
+					t.Errorf("a response that was cut ended with %v", err)
+				}
+			case "\x00":
+				if err != nil || len(got) > 0 {
+					t.Errorf("%q, %v", got, err)
+				}
+			default:
+				if err != nil || string(got) != want {
+					t.Errorf("got\n%.300q, %v, instead of\n%.300q", got, err, want)
+				}
+			}
+			conn.Close()
+			eventually(t, "it is forgotten", func() bool { return g.status().Routes[0].OpenToOrigin == 0 })
+		})
+	}
+}
+
+// TestDrainInFlight: a request that was on its way when the drain began gets its
+// whole answer, and the next one the last.
+func TestDrainInFlight(t *testing.T) {
+	t.Parallel()
+	g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+	slow := "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n" + strings.Repeat("|x", 10)
+	route := tcpRoute(t, raw(t, slow, slow), nil)
+	s := stateOf(1, route)
+	g.push(s)
+	conn := dial(t, route.Listen)
+	io.WriteString(conn, "GET /1 HTTP/1.1\r\n\r\n")
+	time.Sleep(60 * time.Millisecond)
+	g.push(draining(s))
+	br := bufio.NewReader(conn)
+	for i, closes := range []bool{false, true} {
+		if i > 0 {
+			io.WriteString(conn, "GET /2 HTTP/1.1\r\n\r\n")
+		}
+		resp, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err != nil || len(b) != 10 || resp.Close != closes {
+			t.Errorf("response %d: %d bytes, close %t, %v", i+1, len(b), resp.Close, err)
+		}
+	}
+	if _, err := br.ReadByte(); err != io.EOF {
+		t.Errorf("then: %v", err)
+	}
+}
+
+// TestDrainBody: what follows 100 Continue is no request.
+func TestDrainBody(t *testing.T) {
+	t.Parallel()
+	g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+	body := make(chan string, 1)
+	route := tcpRoute(t, serve(t, func(c *net.TCPConn) {
+		r, err := http.ReadRequest(bufio.NewReader(c))
+		if err != nil {
+			body <- err.Error()
+			return
+		}
+		io.WriteString(c, "HTTP/1.1 100 Continue\r\n\r\n")
+		b, _ := io.ReadAll(r.Body)
+		body <- string(b)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	}), nil)
+	s := stateOf(1, route)
+	g.push(s)
+	conn := dial(t, route.Listen)
+	br := bufio.NewReader(conn)
+	io.WriteString(conn, "PUT / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 8\r\n\r\n")
+	if resp, err := http.ReadResponse(br, nil); err != nil || resp.StatusCode != 100 {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	g.push(draining(s))
+	for _, part := range []string{"abcd", "efgh"} {
+		io.WriteString(conn, part)
+		time.Sleep(30 * time.Millisecond)
+	}
+	if resp, err := http.ReadResponse(br, nil); err != nil || resp.StatusCode != 200 {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	if got := <-body; got != "abcdefgh" {
+		t.Errorf("body %q", got)
+	}
+}
+
+// TestDrainOthers: connections of other protocols end when they are idle, busy
+// ones at the limit; of HTTP/1 idle ones end then, with a FIN.
+func TestDrainOthers(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, say, echo string
+		busy            bool
+		from, to        time.Duration // when it ends
+		reset           bool
+	}{
+		{"idle", "\x00\x01", "\x00\x01", false, 250 * time.Millisecond, 900 * time.Millisecond, false},
+		{"busy", "\x00\x01", "\x00\x01", true, 950 * time.Millisecond, 1700 * time.Millisecond, true},
+		{"idle HTTP/1", "GET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.1\r\n\r\n", false, 950 * time.Millisecond, 1700 * time.Millisecond, false},
+		{"nothing said", "", "", false, 950 * time.Millisecond, 1700 * time.Millisecond, false},
+		{"HTTP/1 without an answer", "GET / HTTP/1.1\r\n\r\n", "never", true, 950 * time.Millisecond, 1700 * time.Millisecond, true},
+		{"upgraded", "GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 101 Switching Protocols\r\n\r\n", false, 250 * time.Millisecond, 900 * time.Millisecond, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			g := startGate(t, Config{Drain: time.Second}, nil)
+			route := tcpRoute(t, serve(t, func(s *net.TCPConn) {
+				b := make([]byte, 100)
+				for {
+					n, err := s.Read(b)
+					if err != nil {
+						s.Close()
+						return
+					}
+					switch {
+					case strings.HasPrefix(c.echo, "HTTP"):
+						io.WriteString(s, c.echo)
+					case c.echo != "never":
+						s.Write(b[:n])
+					}
+				}
+			}), nil)
+			s := stateOf(1, route)
+			g.push(s)
+			conn := dial(t, route.Listen)
+			if c.say != "" {
+				io.WriteString(conn, c.say)
+			} else {
+				eventually(t, "it is served", func() bool { return g.status().Routes[0].OpenToOrigin == 1 })
+			}
+			if c.echo != "" && c.echo != "never" {
+				if _, err := io.ReadFull(conn, make([]byte, len(c.echo))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			begin := time.Now()
+			g.push(draining(s))
+			if c.busy {
+				go func() {
+					for sleep(t.Context(), 50*time.Millisecond) {
+						if _, err := conn.Write([]byte{1}); err != nil {
+							return
+						}
+					}
+				}()
+			}
+			_, err := io.Copy(io.Discard, conn)
+			if d := time.Since(begin); d < c.from || d > c.to {
+				t.Errorf("ended after %s", d)
+			}
+			if c.reset != (err != nil) {
+				t.Errorf("ended with %v", err)
+			}
+		})
+	}
+}
+
+// TestGoAway: it stands between two frames, wherever the server pauses, and not
+// in a header block.
+func TestGoAway(t *testing.T) {
+	t.Parallel()
+	frame := func(kind, flags byte, n int) string {
+		b := binary.BigEndian.AppendUint32(nil, uint32(n)<<8|uint32(kind))
+		return string(append(b, flags, 0, 0, 0, 1)) + strings.Repeat("p", n)
+	}
+	settings, data := frame(4, 0, 12), frame(0, 0, 100)
+	headers, more, last := frame(1, 0, 20), frame(9, 0, 20), frame(9, 4, 20)
+	all := settings + headers + more + last + data + data
+	goAway := string(goAwayFrame)
+	end := len(settings + headers + more + last)
+	for _, c := range []struct {
+		name  string
+		first int // bytes before the drain begins
+		want  int // where GOAWAY stands
+	}{
+		{"before anything", 0, len(settings)},
+		{"after settings", len(settings), len(settings)},
+		{"in a frame's head", len(settings) + 5, end},
+		{"in a payload", len(settings) + 15, end},
+		{"in a header block", len(settings + headers), end},
+		{"in a continuation", len(settings+headers) + 3, end},
+		{"after the block", end, end},
+		{"in data", end + 50, end + len(data)},
+		{"after all", len(all), len(all)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			accepted := make(chan *net.TCPConn, 1)
+			g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+			route := tcpRoute(t, serve(t, func(c *net.TCPConn) { accepted <- c }), nil)
+			s := stateOf(1, route)
+			g.push(s)
+			conn := dial(t, route.Listen)
+			server := <-accepted
+			// A server may speak before the client's preface.
+			io.WriteString(server, all[:c.first])
+			io.ReadFull(conn, make([]byte, c.first))
+			io.WriteString(conn, http2Preface)
+			io.ReadFull(server, make([]byte, len(http2Preface)))
+			g.push(draining(s))
+			time.Sleep(20 * time.Millisecond)
+			io.WriteString(server, all[c.first:])
+			time.Sleep(20 * time.Millisecond)
+			server.CloseWrite()
+			got, err := io.ReadAll(conn)
+			want := all[c.first:c.want] + goAway + all[c.want:]
+			if err != nil || string(got) != want {
+				t.Errorf("got %q, %v", got, err)
+			}
+		})
+	}
+}
+
+func TestProtocolOf(t *testing.T) {
+	for text, want := range map[string]int32{
+		"":                              protoUnknown,
+		"G":                             protoUnknown,
+		"GET":                           protoUnknown,
+		"GET ":                          protoUnknown,
+		"GET /":                         protoHTTP1,
+		"GET /a/long/path/which/is/cut": protoHTTP1,
+		"VERSION-CONTROL /":             protoHTTP1,
+		"OPTIONS * HTTP/1.1":            protoHTTP1,
+		"GET http://x/":                 protoHTTP1,
+		"CONNECT x:443 HTTP/1.1":        protoOther,
+		"P":                             protoUnknown,
+		"PRI * HTTP/2.0\r\n\r\nSM":      protoHTTP2,
+		http2Preface + "more":           protoHTTP2,
+		"PRI * HTTP/3":                  protoHTTP1, // and then its response is looked at
+		"get /":                         protoOther,
+		" /":                            protoOther,
+		"\x16\x03\x01":                  protoOther,
+		"*1\r\n$4\r\nPING":              protoOther,
+		"AAAAAAAAAAAAAAAAAAAAAAAAAAAAA": protoOther,
+	} {
+		if got := protocolOf([]byte(text)); got != want {
+			t.Errorf("%q: %d instead of %d", text, got, want)
+		}
+	}
+}
+
+// TestAcceptsWhileLeaving: new connections are served after SIGTERM, since other
+// nodes hear of it late, and none is accepted at the end.
+func TestAcceptsWhileLeaving(t *testing.T) {
+	t.Parallel()
+	g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+	route := tcpRoute(t, httpServer(t, "origin"), nil)
+	u := udpRoute(t, udpServer(t, "origin"), nil)
+	g.push(stateOf(1, route, u))
+	open := dial(t, route.Listen) // keeps the gate up
+	io.WriteString(open, "\x00")
+	begin := time.Now()
+	g.stop()
+	time.Sleep(100 * time.Millisecond)
+	resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/", route.Listen))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(resp.Body); string(b) != "origin " || err != nil || !resp.Close {
+		t.Errorf("%q, %v, close %t", b, err, resp.Close)
+	}
+	if got := exchange(t, udpClient(t, u.Listen), "x", time.Second); got != "origin: x" {
+		t.Errorf("UDP: %q", got)
+	}
+	if err := <-g.stopped; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if d := time.Since(begin); d < 300*time.Millisecond || d > 2*time.Second {
+		t.Errorf("ended after %s", d)
+	}
+	if _, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", route.Listen)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestDrainLimit: a gate ends though a client does not.
+func TestDrainLimit(t *testing.T) {
+	t.Parallel()
+	g := startGate(t, Config{Drain: 500 * time.Millisecond}, nil)
+	route := tcpRoute(t, serve(t, func(c *net.TCPConn) { io.Copy(c, c) }), nil)
+	g.push(stateOf(1, route))
+	c := dial(t, route.Listen)
+	io.WriteString(c, "\x00")
+	go func() {
+		for sleep(t.Context(), 20*time.Millisecond) {
+			if _, err := c.Write([]byte{0}); err != nil {
+				return
+			}
+		}
+	}()
+	begin := time.Now()
+	g.stop()
+	if err := <-g.stopped; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if d := time.Since(begin); d < 450*time.Millisecond || d > 2*time.Second {
+		t.Errorf("ended after %s", d)
+	}
+}
