@@ -10,6 +10,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/culvert-dev/culvert/daemon/api"
@@ -46,7 +47,9 @@ type Intercept struct {
 	Gate      string // the Deployment that serves it
 	Notes     []string
 
-	undone bool // Start failed and left nothing
+	undone   bool                 // Start failed and left nothing
+	backends map[PortKey][]string // pods that served when it started
+	until    time.Time            // backends are good
 }
 
 // head is what leads traffic to the gates: where the kinds of intercepts differ.
@@ -205,6 +208,12 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	if err != nil {
 		return err
 	}
+	if origins != nil {
+		if i.backends, err = c.readyBackends(ctx, ns, i.head.service()); err != nil {
+			return err
+		}
+		i.until = c.Now().Add(backendsFor)
+	}
 	reached(StepGates)
 	gates := GateSpec{Agent: i.spec.Gates, Name: i.Gate}
 	i.head.gates(&gates)
@@ -335,11 +344,7 @@ const (
 
 // reach has the gates dial the origin before traffic depends on them.
 func (i *Intercept) reach(ctx context.Context) error {
-	serving, err := i.c.hasReadyEndpoints(ctx, i.spec.Namespace, i.head.service())
-	if err != nil {
-		return err
-	}
-	if !serving {
+	if len(i.backends) == 0 {
 		i.Notes = append(i.Notes, fmt.Sprintf("no pod serves %s at the moment: without this machine its clients get nothing, as before", i.Service()))
 		return nil
 	}
@@ -380,20 +385,43 @@ func (i *Intercept) reach(ctx context.Context) error {
 	}
 }
 
-// hasReadyEndpoints tells whether some pod serves a Service.
-func (c *Cluster) hasReadyEndpoints(ctx context.Context, namespace, service string) (bool, error) {
-	slices, err := c.client.EndpointSlices(namespace).List(ctx, metav1.ListOptions{LabelSelector: "kubernetes.io/service-name=" + service})
+// backendsFor is how long nodes may take to learn a new Service's address, and
+// maxBackends how many pods stand in for it until then.
+const (
+	backendsFor = time.Minute
+	maxBackends = 8
+)
+
+// readyBackends are addresses of the pods that serve a Service, by its ports.
+func (c *Cluster) readyBackends(ctx context.Context, namespace, service string) (map[PortKey][]string, error) {
+	what := fmt.Sprintf("looking for the pods of Service %s/%s", namespace, service)
+	live, err := c.client.Services(namespace).Get(ctx, service, metav1.GetOptions{})
 	if err != nil {
-		return false, translate("looking for the pods of Service "+service, err)
+		return nil, translate(what, err)
 	}
+	named := map[string]PortKey{}
+	for _, p := range live.Spec.Ports {
+		named[string(protocol(p.Protocol))+p.Name] = keyOf(p)
+	}
+	slices, err := c.client.EndpointSlices(namespace).List(ctx, metav1.ListOptions{LabelSelector: discoveryv1.LabelServiceName + "=" + service})
+	if err != nil {
+		return nil, translate(what, err)
+	}
+	found := map[PortKey][]string{}
 	for _, s := range slices.Items {
-		for _, e := range s.Endpoints {
-			if e.Conditions.Ready == nil || *e.Conditions.Ready {
-				return true, nil
+		for _, p := range s.Ports {
+			if p.Port == nil || p.Protocol == nil || p.Name == nil {
+				continue
+			}
+			key, ok := named[string(*p.Protocol)+*p.Name]
+			for _, e := range s.Endpoints {
+				if ready := e.Conditions.Ready == nil || *e.Conditions.Ready; ok && ready && len(e.Addresses) > 0 && len(found[key]) < maxBackends {
+					found[key] = append(found[key], hostPortOf(e.Addresses[0], *p.Port))
+				}
 			}
 		}
 	}
-	return false, nil
+	return found, nil
 }
 
 // heldBy is the error for an intercept of somebody else.

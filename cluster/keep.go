@@ -253,7 +253,11 @@ func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string) error {
 	}
 	e := s.Entries[i.Key]
 	for k := range e.Routes {
-		e.Routes[k].Origin = origins[PortKey{Port: e.Routes[k].Port, Protocol: protocolNamed(e.Routes[k].Protocol)}]
+		r := &e.Routes[k]
+		at := PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}
+		if r.Origin = origins[at]; len(i.backends[at]) > 0 && i.c.Now().Before(i.until) {
+			r.Backends, r.BackendsUntil = i.backends[at], i.until
+		}
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -183,7 +184,7 @@ func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) 
 		}
 		for _, s := range statuses {
 			for _, r := range s.Routes {
-				if r.Key == u.Key {
+				if r.Key == u.Key && r.Protocol != string(corev1.ProtocolUDP) { // datagrams change sides without a loss
 					open += r.OpenToMachine + r.OpenToOrigin
 				}
 			}

@@ -118,11 +118,8 @@ func (c *conn) choose() (backend *net.TCPConn, sp *spec, machine bool, err error
 		return nil, sp, false, errors.New("there is no origin")
 	}
 	d := net.Dialer{Timeout: c.gate.times.dialOrigin, KeepAliveConfig: clientKeepAlive}
-	o, err := d.DialContext(c.gate.life, "tcp", sp.Origin)
-	if err != nil {
-		return nil, sp, false, err
-	}
-	return o.(*net.TCPConn), sp, false, nil
+	o, err := dialOrigin(c.gate.life, d, sp.Route)
+	return o, sp, false, err
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

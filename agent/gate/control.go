@@ -92,9 +92,11 @@ const maxReach = 64
 // reach dials the TCP origins of e.
 func (g *Gate) reach(ctx context.Context, e intercept.Entry) []intercept.Reached {
 	all := []intercept.Reached{}
+	var routes []intercept.Route
 	for _, r := range e.Routes {
 		if r.Protocol == protocolTCP && r.Origin != "" {
 			all = append(all, intercept.Reached{Port: r.Port, Origin: r.Origin})
+			routes = append(routes, r)
 		}
 	}
 	var wg sync.WaitGroup
@@ -104,7 +106,7 @@ func (g *Gate) reach(ctx context.Context, e intercept.Entry) []intercept.Reached
 			turns <- struct{}{}
 			defer func() { <-turns }()
 			d := net.Dialer{Timeout: g.times.reach}
-			c, err := d.DialContext(ctx, "tcp", all[i].Origin)
+			c, err := dialOrigin(ctx, d, routes[i])
 			switch {
 			case err == nil:
 				c.Close()

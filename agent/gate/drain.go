@@ -17,7 +17,7 @@ import (
 //
 //   - HTTP/1: the next response says Connection: close, and the connection ends
 //     with it. A request is the next if bytes of the server were the last before
-//     it. An idle connection is closed when the drain is over.
+//     it. One that is idle for 3 s is closed.
 //   - HTTP/2: GOAWAY is put between two frames of the server; the client goes.
 //   - others: closed once nothing has flowed for a second.
 //
@@ -104,11 +104,12 @@ func (g *Gate) sweep(ctx context.Context) {
 
 func (c *conn) sweep(now time.Time) {
 	idle := now.UnixNano()-c.active.Load() >= int64(c.gate.times.lull)
+	quiet := now.UnixNano()-c.active.Load() >= int64(c.gate.times.keepAlive)
 	late := now.UnixNano() >= c.until.Load()
 	proto := c.proto.Load()
 	between := proto <= protoHTTP1 && c.last.Load() != upward
 	switch {
-	case idle && (proto == protoOther || c.answered.Load()), late && (idle || between):
+	case idle && (proto == protoOther || c.answered.Load()), between && quiet, late && (idle || between):
 		c.finish()
 	case late:
 		c.reset()

@@ -119,6 +119,7 @@ type timing struct {
 	linger     time.Duration // accepting after SIGTERM: until every node has heard of it
 	sweep      time.Duration // between two looks at connections that are drained
 	lull       time.Duration // without bytes, before a drained connection is closed
+	keepAlive  time.Duration // the same for one of HTTP/1 that waits for a request
 	udpIdle    time.Duration
 }
 
@@ -136,6 +137,7 @@ func defaultTiming() timing {
 		linger:     4 * time.Second,
 		sweep:      100 * time.Millisecond,
 		lull:       time.Second,
+		keepAlive:  3 * time.Second,
 		udpIdle:    time.Minute,
 	}
 }

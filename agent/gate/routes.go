@@ -220,7 +220,7 @@ func (g *Gate) status() intercept.GateStatus {
 		r := g.routes[at]
 		sp := r.spec.Load()
 		rs := intercept.RouteStatus{
-			Key: sp.key, Listen: at.port,
+			Key: sp.key, Listen: at.port, Protocol: at.protocol,
 			OpenToMachine: int(r.count.openMachine.Load()), OpenToOrigin: int(r.count.openOrigin.Load()),
 			TotalToMachine: r.count.totalMachine.Load(), TotalToOrigin: r.count.totalOrigin.Load(),
 			Refused: r.count.refused.Load(),

@@ -238,7 +238,7 @@ func (fl *flow) choose() bool {
 	}
 	fl.drop()
 	d := net.Dialer{Timeout: fl.flows.gate.times.dialOrigin}
-	c, err := d.DialContext(fl.flows.gate.life, "udp", sp.Origin)
+	c, err := d.DialContext(fl.flows.gate.life, "udp", originOf(sp.Route))
 	if err != nil {
 		return false
 	}

@@ -51,6 +51,10 @@ type Route struct {
 	// Origin is HOST:PORT of what served the port before; empty: nobody. A HOST
 	// that is a name is looked up for each connection.
 	Origin string `json:"origin,omitempty"`
+	// Backends are HOST:PORT of the pods behind Origin, and good for as long as
+	// nodes may not know Origin yet; later an address may be another pod's.
+	Backends      []string  `json:"backends,omitempty"`
+	BackendsUntil time.Time `json:"backendsUntil,omitzero"`
 	// Machine is where the port is exposed to; nil: the origin serves it.
 	Machine *Machine `json:"machine,omitempty"`
 }
@@ -87,9 +91,10 @@ type GateStatus struct {
 
 // RouteStatus is how one Route is.
 type RouteStatus struct {
-	Key     string `json:"key"` // of the Entry
-	Listen  uint16 `json:"listen"`
-	Machine string `json:"machine,omitempty"` // a Status in words: accepted, away, ...; empty: not known or none
+	Key      string `json:"key"` // of the Entry
+	Listen   uint16 `json:"listen"`
+	Protocol string `json:"protocol"`
+	Machine  string `json:"machine,omitempty"` // a Status in words: accepted, away, ...; empty: not known or none
 	// Open connections, or flows, and all that there were.
 	OpenToMachine  int   `json:"openToMachine"`
 	OpenToOrigin   int   `json:"openToOrigin"`
