@@ -267,4 +267,22 @@ func TestImports(t *testing.T) {
 			}
 		}
 	}
+
+	// A gate is no peer of the tunnel, and links nothing of it.
+	out, err = exec.Command("go", "list", "-deps", "./gate").Output()
+	if err != nil {
+		t.Fatalf("listing imports: %v", err)
+	}
+	for dep := range strings.Lines(string(out)) {
+		dep = strings.TrimSpace(dep)
+		for _, bad := range []string{"k8s.io/", "sigs.k8s.io/", "gvisor.dev/", "golang.zx2c4.com/"} {
+			if strings.HasPrefix(dep, bad) {
+				t.Errorf("the gate imports %s", dep)
+			}
+		}
+		own, is := strings.CutPrefix(dep, "github.com/culvert-dev/culvert/")
+		if is && own != "agent/gate" && own != "wire/intercept" && !strings.HasPrefix(own, "internal/") {
+			t.Errorf("the gate imports %s", dep)
+		}
+	}
 }

@@ -40,9 +40,11 @@ type conn struct {
 	final    atomic.Pointer[string] // the method of the last HTTP/1 request
 	answered atomic.Bool            // the last HTTP/1 response is through
 
-	head   []byte // up's: the client's first bytes, while they do not tell the protocol
-	frames frames // down's
-	goAway bool   // down's: GOAWAY was sent
+	head       []byte // up's: the client's first bytes, while they do not tell the protocol
+	fromClient frames // up's
+	fromServer frames // down's
+	goAway     bool   // down's: GOAWAY was sent
+	streams    streams
 }
 
 // Directions of conn.last.
@@ -186,10 +188,14 @@ func (c *conn) up() error {
 	if err != nil {
 		return err
 	}
+	c.fromClient = frames{is: c.streams.clientFrame, payload: len(http2Preface)}
 	p.limit = c.lookUp
 	p.moved = func(b []byte) {
 		c.active.Store(time.Now().UnixNano())
 		c.route.count.up.Add(int64(len(b)))
+		if proto := c.proto.Load(); proto == protoUnknown || proto == protoHTTP2 {
+			c.fromClient.feed(b)
+		}
 		if c.proto.Load() == protoUnknown {
 			c.head = append(c.head, b[:min(len(b), maxHead-len(c.head))]...)
 		} else {
@@ -208,11 +214,14 @@ func (c *conn) down() error {
 	if err != nil {
 		return err
 	}
+	c.fromServer.is = c.streams.serverFrame
 	p.before = c.sayGoAway
 	p.limit = c.lookDown
 	p.moved = func(b []byte) {
 		c.movedDown(len(b))
-		c.frames.feed(b)
+		if proto := c.proto.Load(); proto == protoUnknown || proto == protoHTTP2 {
+			c.fromServer.feed(b)
+		}
 	}
 	err = p.run()
 	if errors.Is(err, errTakeOver) {

@@ -18,7 +18,8 @@ import (
 //   - HTTP/1: the next response says Connection: close, and the connection ends
 //     with it. A request is the next if bytes of the server were the last before
 //     it. One that is idle for 3 s is closed.
-//   - HTTP/2: GOAWAY is put between two frames of the server; the client goes.
+//   - HTTP/2: GOAWAY is put between two frames of the server; the client goes, or
+//     the connection is closed when its last stream has ended.
 //   - others: closed once nothing has flowed for a second.
 //
 // What is open when the drain is over is reset.
@@ -109,7 +110,7 @@ func (c *conn) sweep(now time.Time) {
 	proto := c.proto.Load()
 	between := proto <= protoHTTP1 && c.last.Load() != upward
 	switch {
-	case idle && (proto == protoOther || c.answered.Load()), between && quiet, late && (idle || between):
+	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), between && quiet, late && (idle || between):
 		c.finish()
 	case late:
 		c.reset()
@@ -190,7 +191,7 @@ func (c *conn) lookDown(b []byte) int {
 		}
 	case protoHTTP2:
 		if c.draining.Load() && !c.goAway {
-			b = b[:min(len(b), c.frames.rest())]
+			b = b[:min(len(b), c.fromServer.rest())]
 		}
 	}
 	// Before the client can answer: see lookUp.

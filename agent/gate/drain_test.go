@@ -504,6 +504,48 @@ func TestGoAway(t *testing.T) {
 	}
 }
 
+// TestStreams: a connection of HTTP/2 is done when all streams are.
+func TestStreams(t *testing.T) {
+	const client, server = clientEnded, serverEnded
+	type step struct {
+		side, kind, flags byte
+		id                uint32
+		open              int
+	}
+	for name, steps := range map[string][]step{
+		"a request": {{client, frameHeaders, 5, 1, 1}, {server, frameHeaders, 4, 1, 1}, {server, frameData, 1, 1, 0}},
+		"a body":    {{client, frameHeaders, 4, 1, 1}, {client, frameData, 1, 1, 1}, {server, frameHeaders, 5, 1, 0}},
+		"an early answer, and the rest": {{client, frameHeaders, 4, 1, 1}, {server, frameHeaders, 5, 1, 1}, {client, frameData, 0, 1, 1},
+			{client, frameData, 1, 1, 0}},
+		"reset by the server":                {{client, frameHeaders, 4, 1, 1}, {server, frameReset, 0, 1, 0}, {client, frameData, 1, 1, 0}, {client, frameReset, 0, 1, 0}},
+		"reset by the client":                {{client, frameHeaders, 4, 1, 1}, {client, frameReset, 0, 1, 0}, {server, frameData, 1, 1, 0}},
+		"two":                                {{client, frameHeaders, 5, 1, 1}, {client, frameHeaders, 5, 3, 2}, {server, frameData, 1, 1, 1}, {server, frameHeaders, 5, 3, 0}},
+		"the end is seen before the begin":   {{server, frameHeaders, 5, 1, 1}, {client, frameHeaders, 5, 1, 0}},
+		"a reset is seen before the begin":   {{server, frameReset, 0, 1, 1}, {client, frameHeaders, 4, 1, 0}, {client, frameData, 1, 1, 0}},
+		"an answer is seen before the begin": {{server, frameHeaders, 4, 1, 0}, {client, frameHeaders, 5, 1, 1}, {server, frameData, 1, 1, 0}},
+		"not streams":                        {{client, 4, 1, 0, 0}, {server, 8, 0, 0, 0}, {server, framePushPromise, 4, 2, 0}, {server, frameHeaders, 5, 2, 0}, {client, 8, 0, 1, 0}},
+	} {
+		var s streams
+		s.leave()
+		for i, x := range steps {
+			s.frame(x.kind, x.flags, x.id, x.side)
+			if len(s.open) != x.open || s.left() != (x.open == 0) {
+				t.Errorf("%s, step %d: %d open", name, i, len(s.open))
+			}
+		}
+	}
+	var s streams
+	for i := range uint32(maxStreams + 1) {
+		s.clientFrame(frameHeaders, 5, 2*i+1)
+	}
+	for i := range uint32(maxStreams + 1) {
+		s.serverFrame(frameHeaders, 5, 2*i+1)
+	}
+	if s.leave(); s.left() || len(s.open) > maxStreams {
+		t.Error("too many streams, and all are known")
+	}
+}
+
 func TestProtocolOf(t *testing.T) {
 	for text, want := range map[string]int32{
 		"":                              protoUnknown,

@@ -34,7 +34,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/culvert-dev/culvert/wire/carrier"
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
@@ -67,6 +66,9 @@ const (
 	maxFlows       = 4096
 )
 
+// metricsAddr is the agent's too (carrier.MetricsPort), for the same exec probes.
+const metricsAddr = "127.0.0.1:7532"
+
 func (c Config) withDefaults() Config {
 	if c.Name == "" {
 		c.Name = intercept.GateName
@@ -81,7 +83,7 @@ func (c Config) withDefaults() Config {
 		c.ControlAddr = fmt.Sprintf("127.0.0.1:%d", intercept.GatePort)
 	}
 	if c.MetricsAddr == "" {
-		c.MetricsAddr = fmt.Sprintf("127.0.0.1:%d", carrier.MetricsPort)
+		c.MetricsAddr = metricsAddr
 	}
 	if c.MemoryLimit <= 0 {
 		c.MemoryLimit = 128 << 20
@@ -262,8 +264,9 @@ func (g *Gate) leave(life context.Context) {
 	g.mu.Lock()
 	g.terminating = true
 	g.drainLocked()
+	idle := len(g.routes) == 0 && len(g.conns) == 0 // nobody knows the way here any more
 	g.mu.Unlock()
-	if !sleep(life, g.times.linger) {
+	if idle || !sleep(life, g.times.linger) {
 		return
 	}
 	g.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,6 +22,13 @@ import (
 
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
+
+// TestMain runs more tests at one time than there are cores: most of them wait.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	_ = flag.Set("test.parallel", "8") // there is such a flag
+	os.Exit(m.Run())
+}
 
 // testGate is a Gate that runs, with ports of its own.
 type testGate struct {
@@ -58,14 +66,12 @@ func startGate(t *testing.T, cfg Config, tune func(*timing)) *testGate {
 	go func() { g.stopped <- g.Run(ctx) }()
 	t.Cleanup(func() { g.Close(); stop() })
 	eventually(t, "the gate listens", func() bool {
-		for _, addr := range []string{cfg.ControlAddr, cfg.MetricsAddr} {
-			c, err := net.Dial("tcp", addr)
-			if err != nil {
-				return false
-			}
-			c.Close()
+		resp, err := http.Get("http://" + cfg.ControlAddr + "/v1/state")
+		if err != nil {
+			return false
 		}
-		return true
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
 	})
 	return g
 }
