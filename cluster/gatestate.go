@@ -154,6 +154,7 @@ func (s *gateState) entries() (map[string]intercept.Entry, error) {
 func (c *Cluster) ChangeGateState(ctx context.Context, namespace string, change func(*intercept.State) error) (*intercept.State, error) {
 	what := fmt.Sprintf("changing ConfigMap %s in namespace %q", intercept.GateName, namespace)
 	var made *intercept.State
+	var refused error
 	err := c.contend(ctx, what, func() error {
 		now, err := c.readGateState(ctx, namespace)
 		if err != nil {
@@ -163,8 +164,8 @@ func (c *Cluster) ChangeGateState(ctx context.Context, namespace string, change 
 		if made.Entries, err = now.entries(); err != nil {
 			return err
 		}
-		if err := change(made); err != nil {
-			return err
+		if refused = change(made); refused != nil {
+			return refused
 		}
 		made.Generation = now.Generation
 		data, changed, err := now.data(made.Entries)
@@ -175,7 +176,10 @@ func (c *Cluster) ChangeGateState(ctx context.Context, namespace string, change 
 		data[generationKey] = strconv.FormatInt(made.Generation, 10)
 		return c.writeGateState(ctx, namespace, now.object, data)
 	})
-	if err != nil {
+	switch {
+	case refused != nil:
+		return nil, refused
+	case err != nil:
 		return nil, err
 	}
 	return made, nil

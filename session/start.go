@@ -121,7 +121,8 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 	}
 	if err != nil {
 		if live.Undone() {
-			return nil, errors.Join(err, x.drop(context.WithoutCancel(ctx), i))
+			ctx := context.WithoutCancel(ctx)
+			return nil, errors.Join(err, x.drop(ctx, i), x.endHeartbeats(ctx, []*intercepted{i}))
 		}
 		x.begin(i, x.undoLoop) // what is left is tried again
 		return nil, err
