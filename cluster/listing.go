@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
@@ -24,6 +25,7 @@ type ServiceState struct {
 	Type      string    `json:"type,omitempty"`
 	Ports     []string  `json:"ports,omitempty"` // "80/TCP", with " -> alice:8080" where it is exposed
 	Kind      string    `json:"kind,omitempty"`  // intercept.Exchange, ...; empty: nobody intercepts it
+	Mode      string    `json:"mode,omitempty"` // of an exchange: "selector" or "scale"
 	User      string    `json:"user,omitempty"`
 	Session   string    `json:"session,omitempty"`
 	Since     time.Time `json:"since,omitzero"`
@@ -85,6 +87,9 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 			for _, p := range s.Spec.Ports {
 				one.Ports = append(one.Ports, portText(p.Port, string(protocol(p.Protocol)), one.User, entry))
 			}
+			if one.Kind == intercept.Exchange {
+				one.Mode = api.ModeSelector
+			}
 			shown[s.Name] = true
 			all = append(all, one)
 		}
@@ -96,7 +101,11 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 		if shown[key] {
 			continue
 		}
-		one := ServiceState{Namespace: namespace, Name: e.Service, Kind: e.Kind, User: e.Holder.User, Session: e.Holder.Session, Since: e.Holder.Since, State: "active"}
+		kind, mode := e.Kind, ""
+		if kind == intercept.Scale {
+			kind, mode = intercept.Exchange, api.ModeScale
+		}
+		one := ServiceState{Namespace: namespace, Name: e.Service, Kind: kind, Mode: mode, User: e.Holder.User, Session: e.Holder.Session, Since: e.Holder.Since, State: "active"}
 		for _, r := range e.Routes {
 			one.Ports = append(one.Ports, portText(r.Port, r.Protocol, e.Holder.User, e))
 		}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // doctorTimeout bounds all that the doctor asks of the API server.
@@ -52,6 +53,7 @@ func (e *examination) cluster(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
 	e.rights(ctx, c)
+	e.interceptRights(ctx, c)
 	e.ranges(ctx, c)
 	e.agent(ctx, c)
 }
@@ -116,6 +118,28 @@ func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
 		}
 		e.add("rights", v, fix, "you may not %s: %s", what, k.Why)
 	}
+}
+
+// interceptRights tells whether exchange and preview would work: connect does
+// without.
+func (e *examination) interceptRights(ctx context.Context, c *cluster.Cluster) {
+	checks, err := c.InterceptRights(ctx, c.Namespace(), intercept.Exchange, intercept.Preview)
+	if err != nil {
+		e.addError("intercepts", warn, err)
+		return
+	}
+	var missing []string
+	for _, k := range checks {
+		if what := k.Verb + " " + k.Resource; k.Needed && !k.Allowed && !slices.Contains(missing, what) {
+			missing = append(missing, what)
+		}
+	}
+	if len(missing) == 0 {
+		e.add("intercepts", good, "", "you may exchange and preview Services in namespace %s", c.Namespace())
+		return
+	}
+	e.add("intercepts", warn, fmt.Sprintf("an administrator: kubectl create rolebinding culvert-intercept --clusterrole=culvert-intercept -n %s --user=%q", c.Namespace(), or(e.target.User, "YOU")),
+		"you may not exchange or preview Services in namespace %s: %s", c.Namespace(), strings.Join(missing, ", "))
 }
 
 // sameRight says whether two checks differ in the verb only.

@@ -75,6 +75,9 @@ func (a *app) listTable(all []cluster.ServiceState) {
 		state, since, seen := "normal", "", ""
 		if s.Kind != "" {
 			state = s.Kind
+			if s.Mode == api.ModeScale {
+				state += " (scale)"
+			}
 			if s.State != "active" {
 				state += " (" + s.State + ")"
 			}
