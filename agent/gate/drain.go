@@ -33,12 +33,12 @@ func (g *Gate) drainLocked() {
 	}
 }
 
-// mustDrain: the gate, the route or the entry ends, or the machine is no longer
-// the route's. g.mu is held.
+// mustDrain: the gate, the route or the entry ends, or machine or agent are no
+// longer the route's. g.mu is held.
 func (c *conn) mustDrain() bool {
 	sp := c.route.spec.Load()
 	return c.gate.terminating || c.route.gone.Load() || sp.draining ||
-		c.watch != nil && c.machineID != sp.machineID()
+		c.watch != nil && (c.watch != sp.watch || c.machineID != sp.machineID())
 }
 
 // drainAgent drains what is open by way of an agent that is about to end.
@@ -109,7 +109,7 @@ func (c *conn) sweep(now time.Time) {
 	proto := c.proto.Load()
 	between := proto <= protoHTTP1 && c.last.Load() != upward
 	switch {
-	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), late && (idle || between):
+	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), late && (between || idle && proto > protoHTTP1):
 		c.finish()
 	case late:
 		c.reset()
