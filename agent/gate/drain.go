@@ -205,17 +205,11 @@ func (c *conn) lastResponse() error {
 	for {
 		head, err := readHead(br)
 		if err != nil {
-			if len(head) == 0 {
-				if err == io.EOF {
-					return nil // as the server will
-				}
-				return err
-			}
 			if werr := c.writeDown(head); werr != nil {
 				return werr
 			}
 			if err == io.EOF {
-				return nil
+				return nil // as the server will
 			}
 			return c.giveBack(br, err)
 		}
@@ -269,15 +263,28 @@ func (c *conn) writeDown(b []byte) error {
 // moved as it is.
 const maxResponseHead = 64 << 10
 
+const responseStart = "HTTP/1."
+
 // readHead reads up to and with the empty line. With an error, head is what was
 // read so far: errTakeOver if it is no response's.
 func readHead(br *bufio.Reader) (head []byte, err error) {
+	for n := 1; n <= len(responseStart); n++ {
+		// Byte by byte: what is no response may end at any, and there wait for the
+		// client.
+		b, err := br.Peek(n)
+		if !strings.HasPrefix(responseStart, string(b)) {
+			return nil, errTakeOver
+		}
+		if err != nil {
+			_, _ = br.Discard(len(b))
+			return []byte(responseStart[:len(b)]), err
+		}
+	}
 	for {
 		line, err := br.ReadSlice('\n')
 		head = append(head, line...)
-		start := []byte("HTTP/1.")
 		switch {
-		case !bytes.HasPrefix(head, start[:min(len(head), len(start))]), len(head) > maxResponseHead:
+		case len(head) > maxResponseHead:
 			return head, errTakeOver
 		case errors.Is(err, bufio.ErrBufferFull):
 			continue

@@ -154,6 +154,40 @@ func TestDrainInFlight(t *testing.T) {
 	}
 }
 
+// TestDrainPipelined: a request that comes before the answer to another is ended
+// is not the last, and nothing is held back.
+func TestDrainPipelined(t *testing.T) {
+	t.Parallel()
+	accepted := make(chan *net.TCPConn, 1)
+	g := startGate(t, Config{Drain: 5 * time.Second}, nil)
+	route := tcpRoute(t, serve(t, func(c *net.TCPConn) { accepted <- c }), nil)
+	s := stateOf(1, route)
+	g.push(s)
+	conn := dial(t, route.Listen)
+	server := <-accepted
+	expect := func(c *net.TCPConn, text string) {
+		t.Helper()
+		b := make([]byte, len(text))
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != text {
+			t.Fatalf("%q, %v instead of %q", b, err, text)
+		}
+	}
+	request := "GET / HTTP/1.1\r\n\r\n"
+	head := "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"
+	io.WriteString(conn, request)
+	expect(server, request)
+	io.WriteString(server, head+"01234")
+	expect(conn, head+"01234")
+	g.push(draining(s))
+	io.WriteString(conn, request)
+	expect(server, request)
+	io.WriteString(server, "567")
+	expect(conn, "567")
+	io.WriteString(server, "89"+head+"0123456789")
+	expect(conn, "89"+head+"0123456789")
+}
+
 // TestDrainBody: what follows 100 Continue is no request.
 func TestDrainBody(t *testing.T) {
 	t.Parallel()
@@ -242,20 +276,26 @@ func TestDrainOthers(t *testing.T) {
 			}
 			begin := time.Now()
 			g.push(draining(s))
+			// The error is told once, to who asks first.
+			writing := make(chan error, 1)
 			if c.busy {
 				go func() {
 					for sleep(t.Context(), 20*time.Millisecond) {
 						if _, err := conn.Write([]byte{1}); err != nil {
+							writing <- err
 							return
 						}
 					}
 				}()
 			}
 			_, err := io.Copy(io.Discard, conn)
+			if err == nil && c.busy {
+				err = <-writing
+			}
 			if d := time.Since(begin); d < c.from || d > c.to {
 				t.Errorf("ended after %s", d)
 			}
-			if c.reset != (err != nil) {
+			if c.reset != errors.Is(err, syscall.ECONNRESET) || !c.reset && err != nil {
 				t.Errorf("ended with %v", err)
 			}
 		})
