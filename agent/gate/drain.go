@@ -11,6 +11,8 @@ import (
 	"net/textproto"
 	"strings"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // A drain asks what is open to end, so that nobody loses a request by it:
@@ -33,12 +35,12 @@ func (g *Gate) drainLocked() {
 	}
 }
 
-// mustDrain: the gate, the route or the entry ends, or machine or agent are no
-// longer the route's. g.mu is held.
+// mustDrain: the gate, the route, the entry or the agent ends, or machine or agent
+// are no longer the route's. gate.mu is held.
 func (c *conn) mustDrain() bool {
 	sp := c.route.spec.Load()
 	return c.gate.terminating || c.route.gone.Load() || sp.draining ||
-		c.watch != nil && (c.watch != sp.watch || c.machineID != sp.machineID())
+		c.watch != nil && (c.watch != sp.watch || c.machineID != sp.machineID() || c.watch.status() == intercept.Leaving)
 }
 
 // drainAgent drains what is open by way of an agent that is about to end.
