@@ -48,8 +48,7 @@ type Intercept struct {
 	Notes     []string
 
 	undone   bool                 // Start failed and left nothing
-	backends map[PortKey][]string // pods that served when it started
-	until    time.Time            // backends are good
+	backends map[PortKey][]string // pods that served when it started; nil when settled
 }
 
 // head is what leads traffic to the gates: where the kinds of intercepts differ.
@@ -212,7 +211,6 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		if i.backends, err = c.readyBackends(ctx, ns, i.head.service()); err != nil {
 			return err
 		}
-		i.until = c.Now().Add(backendsFor)
 	}
 	reached(StepGates)
 	gates := GateSpec{Agent: i.spec.Gates, Name: i.Gate}
@@ -224,7 +222,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		if e, ok := s.Entries[i.Key]; !ok || e.Draining {
 			return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("somebody ended the intercept of %s while it was starting", i.Service()), Hint: "culvert list"}
 		}
-		return i.fill(s, origins)
+		return i.fill(s, origins, i.backends)
 	})
 	if err != nil {
 		return err
@@ -261,9 +259,9 @@ func (i *Intercept) enter(s *intercept.State) error {
 	if ok && before.Holder.Session != i.spec.Holder.Session {
 		return heldBy(i.spec.Namespace, i.Service(), i.Key, before.Holder)
 	}
-	had := map[PortKey]uint16{}
+	had := map[PortKey]intercept.Route{}
 	for _, r := range before.Routes {
-		had[PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}] = r.Listen
+		had[PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}] = r
 	}
 	ports := i.head.ports()
 	own := i.Gate != intercept.GateName // then it listens at the very ports
@@ -276,11 +274,11 @@ func (i *Intercept) enter(s *intercept.State) error {
 	serves := map[PortKey]bool{} // at gates of its own two ports of a Service may be one
 	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder}
 	for k, p := range ports {
-		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number)}
+		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number), Backends: had[p.Key()].Backends}
 		switch {
 		case own:
-		case had[p.Key()] != 0:
-			r.Listen = had[p.Key()]
+		case had[p.Key()].Listen != 0:
+			r.Listen = had[p.Key()].Listen
 		default:
 			r.Listen = free[k]
 		}
@@ -349,7 +347,7 @@ func (i *Intercept) reach(ctx context.Context) error {
 		return nil
 	}
 	for end := time.Now().Add(reachTime); ; {
-		results, err := i.c.Reach(ctx, i.spec.Namespace, i.Gate, i.Key)
+		results, err := i.c.Reach(ctx, i.spec.Namespace, i.Gate, intercept.ReachRequest{Key: i.Key})
 		if err != nil {
 			return err
 		}
@@ -385,12 +383,9 @@ func (i *Intercept) reach(ctx context.Context) error {
 	}
 }
 
-// backendsFor is how long nodes may take to learn a new Service's address, and
-// maxBackends how many pods stand in for it until then.
-const (
-	backendsFor = time.Minute
-	maxBackends = 8
-)
+// maxBackends is how many pods stand in for a new Service's address until every
+// node knows it.
+const maxBackends = 8
 
 // readyBackends are addresses of the pods that serve a Service, by its ports.
 func (c *Cluster) readyBackends(ctx context.Context, namespace, service string) (map[PortKey][]string, error) {

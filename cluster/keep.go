@@ -90,6 +90,14 @@ func protocolNamed(p string) corev1.Protocol { return protocol(corev1.Protocol(p
 func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(string)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	settled := make(chan struct{})
+	go func() {
+		defer close(settled)
+		if err := i.settle(ctx); err != nil && ctx.Err() == nil {
+			note("the origin's address is not in use yet: " + err.Error())
+		}
+	}()
+	defer func() { cancel(); <-settled }()
 	ended := make(chan error, 2)
 	go func() { ended <- i.keepGates(ctx, note) }()
 	waiting := 1
@@ -155,7 +163,7 @@ func (i *Intercept) remake(ctx context.Context) error {
 		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
 			return &Lost{Why: "another session has it now"}
 		}
-		return i.fill(s, origins)
+		return i.fill(s, origins, nil)
 	})
 	if err != nil {
 		return err
@@ -246,8 +254,9 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 	return i.reapply(ctx)
 }
 
-// fill enters an intercept with the addresses of its origin.
-func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string) error {
+// fill enters an intercept with the addresses of its origin. Without backends those
+// stay that were there.
+func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string, backends map[PortKey][]string) error {
 	if err := i.enter(s); err != nil {
 		return err
 	}
@@ -255,8 +264,9 @@ func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string) error {
 	for k := range e.Routes {
 		r := &e.Routes[k]
 		at := PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}
-		if r.Origin = origins[at]; len(i.backends[at]) > 0 && i.c.Now().Before(i.until) {
-			r.Backends, r.BackendsUntil = i.backends[at], i.until
+		r.Origin = origins[at]
+		if backends != nil {
+			r.Backends = backends[at]
 		}
 	}
 	return nil
@@ -268,7 +278,7 @@ func (i *Intercept) reapply(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error { return i.fill(s, origins) })
+	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error { return i.fill(s, origins, nil) })
 	if err != nil {
 		return err
 	}

@@ -25,7 +25,7 @@ type ServiceState struct {
 	Type      string    `json:"type,omitempty"`
 	Ports     []string  `json:"ports,omitempty"` // "80/TCP", with " -> alice:8080" where it is exposed
 	Kind      string    `json:"kind,omitempty"`  // intercept.Exchange, ...; empty: nobody intercepts it
-	Mode      string    `json:"mode,omitempty"` // of an exchange: "selector" or "scale"
+	Mode      string    `json:"mode,omitempty"`  // of an exchange: "selector" or "scale"
 	User      string    `json:"user,omitempty"`
 	Session   string    `json:"session,omitempty"`
 	Since     time.Time `json:"since,omitzero"`

@@ -96,7 +96,7 @@ func (p *ServicePlan) origin(session string) *corev1.Service {
 		ObjectMeta: metav1.ObjectMeta{
 			Name:      OriginName(p.Name),
 			Namespace: p.Namespace,
-			Labels:    map[string]string{LabelName: originApp, LabelManagedBy: "culvert", LabelSession: session},
+			Labels:    map[string]string{LabelName: originApp, LabelManagedBy: "culvert", LabelSession: session, labelHidden: "culvert"},
 			OwnerReferences: []metav1.OwnerReference{{
 				APIVersion: "v1", Kind: "Service", Name: p.Name, UID: p.service.UID, BlockOwnerDeletion: &no,
 			}},
@@ -126,7 +126,11 @@ func originOps(live, want *corev1.Service) (ops []patchOp) {
 			ops = append(ops, set(path, wants))
 		}
 	}
-	change("/metadata/labels", live.Labels, want.Labels)
+	labels := maps.Clone(want.Labels)
+	if live.Labels[labelHidden] == "" { // it was shown to the nodes, and stays so
+		delete(labels, labelHidden)
+	}
+	change("/metadata/labels", live.Labels, labels)
 	change("/metadata/ownerReferences", live.OwnerReferences, want.OwnerReferences)
 	change("/spec/selector", live.Spec.Selector, want.Spec.Selector)
 	change("/spec/ports", live.Spec.Ports, want.Spec.Ports)

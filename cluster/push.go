@@ -243,7 +243,7 @@ func (c *Cluster) GateStatuses(ctx context.Context, namespace, gate string) (map
 // Reach has every ready gate dial the origins of an entry, and returns the worst
 // result for each port of the Service, in the order of ports. A gate that does
 // not answer is an *api.Error, as is that there is none.
-func (c *Cluster) Reach(ctx context.Context, namespace, gate, key string) ([]intercept.Reached, error) {
+func (c *Cluster) Reach(ctx context.Context, namespace, gate string, ask intercept.ReachRequest) ([]intercept.Reached, error) {
 	pods, err := c.runningGates(ctx, namespace, gate)
 	if err != nil {
 		return nil, err
@@ -257,7 +257,7 @@ func (c *Cluster) Reach(ctx context.Context, namespace, gate, key string) ([]int
 	worst := map[int32]intercept.Reached{}
 	eachGate(pods, func(pod *corev1.Pod) {
 		var reached []intercept.Reached
-		err := c.callGate(ctx, namespace, pod.Name, http.MethodPost, pathReach, intercept.ReachRequest{Key: key}, &reached)
+		err := c.callGate(ctx, namespace, pod.Name, http.MethodPost, pathReach, ask, &reached)
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil {

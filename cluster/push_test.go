@@ -141,7 +141,7 @@ func TestPushToNobody(t *testing.T) {
 	if err := c.Push(t.Context(), "demo", "culvert-gate", &intercept.State{Generation: 1}); err != nil {
 		t.Error(err)
 	}
-	if _, err := c.Reach(t.Context(), "demo", "culvert-gate", "web"); err == nil {
+	if _, err := c.Reach(t.Context(), "demo", "culvert-gate", intercept.ReachRequest{Key: "web"}); err == nil {
 		t.Error("nobody reached it")
 	}
 	if all, err := c.GateStatuses(t.Context(), "demo", "culvert-gate"); err != nil || len(all) != 0 {
@@ -163,7 +163,7 @@ func TestGateStatusesAndReach(t *testing.T) {
 	}
 	a.set(func() { a.reached = []intercept.Reached{{Port: 90, Error: "refused"}, {Port: 80}, {Port: 70}} })
 	b.set(func() { b.reached = []intercept.Reached{{Port: 90}, {Port: 80, Error: "timeout"}, {Port: 70}} })
-	got, err := c.Reach(t.Context(), "demo", "culvert-gate", "web")
+	got, err := c.Reach(t.Context(), "demo", "culvert-gate", intercept.ReachRequest{Key: "web"})
 	if want := []intercept.Reached{{Port: 70}, {Port: 80, Error: "timeout"}, {Port: 90, Error: "refused"}}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}

@@ -83,19 +83,22 @@ func (g *Gate) handleReach(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("there is no entry %q", req.Key), http.StatusNotFound)
 		return
 	}
-	answer(w, g.reach(r.Context(), e))
+	answer(w, g.reach(r.Context(), e, req.OriginOnly))
 }
 
 // maxReach is how many origins are dialled at one time.
 const maxReach = 64
 
-// reach dials the TCP origins of e.
-func (g *Gate) reach(ctx context.Context, e intercept.Entry) []intercept.Reached {
+// reach dials the TCP origins of e; alone: not by way of their pods.
+func (g *Gate) reach(ctx context.Context, e intercept.Entry, alone bool) []intercept.Reached {
 	all := []intercept.Reached{}
 	var routes []intercept.Route
 	for _, r := range e.Routes {
 		if r.Protocol == protocolTCP && r.Origin != "" {
 			all = append(all, intercept.Reached{Port: r.Port, Origin: r.Origin})
+			if alone {
+				r.Backends = nil
+			}
 			routes = append(routes, r)
 		}
 	}

@@ -11,6 +11,8 @@ import (
 	"net/textproto"
 	"strings"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // A drain asks what is open to end, so that nobody loses a request by it:
@@ -33,12 +35,12 @@ func (g *Gate) drainLocked() {
 	}
 }
 
-// mustDrain: the gate, the route or the entry ends, or the machine is no longer
-// the route's. g.mu is held.
+// mustDrain: the gate, the route, the entry or the agent ends, or machine or agent
+// are no longer the route's. gate.mu is held.
 func (c *conn) mustDrain() bool {
 	sp := c.route.spec.Load()
 	return c.gate.terminating || c.route.gone.Load() || sp.draining ||
-		c.watch != nil && c.machineID != sp.machineID()
+		c.watch != nil && (c.watch != sp.watch || c.machineID != sp.machineID() || c.watch.status() == intercept.Leaving)
 }
 
 // drainAgent drains what is open by way of an agent that is about to end.
@@ -110,7 +112,11 @@ func (c *conn) sweep(now time.Time) {
 	proto := c.proto.Load()
 	between := proto <= protoHTTP1 && c.last.Load() != upward
 	switch {
+<<<<<<< HEAD
 	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), between && quiet, late && (idle || between):
+=======
+	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), late && (between || idle && proto > protoHTTP1):
+>>>>>>> h-gate
 		c.finish()
 	case late:
 		c.reset()
@@ -206,17 +212,11 @@ func (c *conn) lastResponse() error {
 	for {
 		head, err := readHead(br)
 		if err != nil {
-			if len(head) == 0 {
-				if err == io.EOF {
-					return nil // as the server will
-				}
-				return err
-			}
 			if werr := c.writeDown(head); werr != nil {
 				return werr
 			}
 			if err == io.EOF {
-				return nil
+				return nil // as the server will
 			}
 			return c.giveBack(br, err)
 		}
@@ -270,15 +270,28 @@ func (c *conn) writeDown(b []byte) error {
 // moved as it is.
 const maxResponseHead = 64 << 10
 
+const responseStart = "HTTP/1."
+
 // readHead reads up to and with the empty line. With an error, head is what was
 // read so far: errTakeOver if it is no response's.
 func readHead(br *bufio.Reader) (head []byte, err error) {
+	for n := 1; n <= len(responseStart); n++ {
+		// Byte by byte: what is no response may end at any, and there wait for the
+		// client.
+		b, err := br.Peek(n)
+		if !strings.HasPrefix(responseStart, string(b)) {
+			return nil, errTakeOver
+		}
+		if err != nil {
+			_, _ = br.Discard(len(b))
+			return []byte(responseStart[:len(b)]), err
+		}
+	}
 	for {
 		line, err := br.ReadSlice('\n')
 		head = append(head, line...)
-		start := []byte("HTTP/1.")
 		switch {
-		case !bytes.HasPrefix(head, start[:min(len(head), len(start))]), len(head) > maxResponseHead:
+		case len(head) > maxResponseHead:
 			return head, errTakeOver
 		case errors.Is(err, bufio.ErrBufferFull):
 			continue

@@ -169,6 +169,7 @@ type Gate struct {
 	failed      map[place]string // why a place of the state is not served
 	watchers    map[string]*watcher
 	conns       map[*conn]struct{}
+	wasReady    bool
 	terminating bool // SIGTERM came
 	shut        bool // nothing is accepted any more
 }
@@ -304,7 +305,9 @@ func (g *Gate) shutdown() {
 	g.flows.close()
 }
 
-// ready tells why the gate is not to be given connections, if it is not.
+// ready tells why the gate is not to be given connections, if it is not. A gate
+// that was ready stays it though a new state has a port which cannot be had: who
+// pushed that is told, and the other Services need their gates.
 func (g *Gate) ready() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -313,9 +316,10 @@ func (g *Gate) ready() error {
 		return errors.New("about to end")
 	case !g.loaded:
 		return errors.New("no state was loaded")
-	case len(g.failed) > 0:
+	case len(g.failed) > 0 && !g.wasReady:
 		return fmt.Errorf("not listening: %s", g.failuresLocked()[0])
 	}
+	g.wasReady = true
 	return nil
 }
 

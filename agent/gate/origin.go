@@ -2,46 +2,36 @@ package gate
 
 import (
 	"context"
-	"errors"
 	"math/rand/v2"
 	"net"
-	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
-// backendTime bounds the dial of one of an origin's pods.
-const backendTime = time.Second
+// backendTime bounds the dial of one of an origin's pods, backendsTime that of all:
+// the origin's own address comes after them, and a client waits.
+const backendTime, backendsTime = time.Second, 2 * time.Second
 
-// young tells whether the nodes may not know the origin's address yet.
-func young(r intercept.Route) bool {
-	return len(r.Backends) > 0 && time.Now().Before(r.BackendsUntil)
-}
-
-// dialOrigin connects to what served a route before. The Service of the origin is
-// new when an intercept starts, and a node that does not know it yet refuses its
-// address: then the pods behind it are tried themselves.
+// dialOrigin connects to what served a route before.
 func dialOrigin(ctx context.Context, d net.Dialer, r intercept.Route) (*net.TCPConn, error) {
-	c, err := d.DialContext(ctx, "tcp", r.Origin)
-	if err != nil && errors.Is(err, syscall.ECONNREFUSED) && young(r) {
-		d.Timeout = min(d.Timeout, backendTime)
-		for _, k := range rand.Perm(len(r.Backends)) {
-			if b, e := d.DialContext(ctx, "tcp", r.Backends[k]); e == nil {
-				c, err = b, nil
-				break
-			}
+	pod := d
+	pod.Timeout, pod.Deadline = min(d.Timeout, backendTime), time.Now().Add(min(d.Timeout, backendsTime))
+	for _, k := range rand.Perm(len(r.Backends)) {
+		if c, err := pod.DialContext(ctx, "tcp", r.Backends[k]); err == nil {
+			return c.(*net.TCPConn), nil
 		}
 	}
+	c, err := d.DialContext(ctx, "tcp", r.Origin)
 	if err != nil {
 		return nil, err
 	}
 	return c.(*net.TCPConn), nil
 }
 
-// originOf is where datagrams go: nobody tells whether an address refuses them.
+// originOf is where datagrams go: of them nobody tells whether they arrive.
 func originOf(r intercept.Route) string {
-	if young(r) {
+	if len(r.Backends) > 0 {
 		return r.Backends[rand.IntN(len(r.Backends))]
 	}
 	return r.Origin

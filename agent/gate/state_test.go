@@ -247,6 +247,9 @@ func TestPortConflict(t *testing.T) {
 	if s := g.push(two); len(s.Failed) != 1 || !strings.Contains(s.Failed[0], "asked for by web and zweite") {
 		t.Errorf("failed: %q", s.Failed)
 	}
+	if err := g.ready(); err != nil {
+		t.Errorf("for the other Services: %v", err)
+	}
 }
 
 // TestReach: the origins of an entry are dialled.

@@ -309,7 +309,7 @@ func (fl *flow) answers(w *way) {
 		if err := raw.Read(comes); err != nil {
 			return
 		}
-		if err := fl.answer(w); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+		if err := fl.answer(w); err != nil {
 			return
 		}
 	}
@@ -328,14 +328,15 @@ func (fl *flow) answer(w *way) (err error) {
 		n, err = intercept.ReadDatagram(w.conn, b[:])
 	} else {
 		n, err = w.conn.Read(b[:])
-		if errors.Is(err, os.ErrDeadlineExceeded) { // its checksum was wrong
-			return w.conn.SetReadDeadline(time.Time{})
-		}
 	}
-	if err != nil {
-		return err
+	if cerr := w.conn.SetReadDeadline(time.Time{}); cerr != nil {
+		return cerr
 	}
-	if err := w.conn.SetReadDeadline(time.Time{}); err != nil {
+	switch {
+	case err == nil:
+	case !w.machine && (errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, os.ErrDeadlineExceeded)):
+		return nil // nobody is there yet; or what came had a wrong checksum
+	default:
 		return err
 	}
 	fl.last.Store(time.Now().UnixNano())

@@ -150,3 +150,48 @@ func TestWrapLeavesOthers(t *testing.T) {
 		t.Error("a pipe was wrapped")
 	}
 }
+
+// TestPeekAndDiscard: what is looked at stays, and what is discarded is gone.
+func TestPeekAndDiscard(t *testing.T) {
+	c, other := pair(t)
+	raw, err := c.(*Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 16)
+	peek := func() (n int, err error) {
+		cerr := raw.Control(func(fd uintptr) { n, err = Peek(fd, b) })
+		return n, errors.Join(err, cerr)
+	}
+	if _, err := peek(); !errors.Is(err, syscall.EAGAIN) {
+		t.Errorf("of an empty queue: %v", err)
+	}
+	if _, err := other.Write([]byte("abcdef")); err != nil {
+		t.Fatal(err)
+	}
+	other.CloseWrite()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		if n, _ := peek(); n == 6 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("nothing comes")
+		}
+	}
+	for _, step := range []struct {
+		discard int
+		left    string
+	}{{2, "cdef"}, {0, "cdef"}, {1, "def"}, {3, ""}} {
+		var n int
+		var err error
+		if step.discard > 0 {
+			_ = raw.Control(func(fd uintptr) { n, err = Discard(fd, step.discard) })
+		}
+		if n != step.discard || err != nil {
+			t.Errorf("discarding %d: %d, %v", step.discard, n, err)
+		}
+		if n, err := peek(); err != nil || string(b[:n]) != step.left {
+			t.Errorf("left: %q, %v", b[:n], err)
+		}
+	}
+}

@@ -51,10 +51,10 @@ type Route struct {
 	// Origin is HOST:PORT of what served the port before; empty: nobody. A HOST
 	// that is a name is looked up for each connection.
 	Origin string `json:"origin,omitempty"`
-	// Backends are HOST:PORT of the pods behind Origin, and good for as long as
-	// nodes may not know Origin yet; later an address may be another pod's.
-	Backends      []string  `json:"backends,omitempty"`
-	BackendsUntil time.Time `json:"backendsUntil,omitzero"`
+	// Backends are HOST:PORT of the pods behind Origin, and go before it. They are
+	// there only until every gate's node knows Origin, whose Service is new when an
+	// intercept starts: later an address may be another pod's.
+	Backends []string `json:"backends,omitempty"`
 	// Machine is where the port is exposed to; nil: the origin serves it.
 	Machine *Machine `json:"machine,omitempty"`
 }
@@ -106,6 +106,8 @@ type RouteStatus struct {
 // ReachRequest asks a gate to dial the origins of an Entry.
 type ReachRequest struct {
 	Key string `json:"key"`
+	// OriginOnly: not by way of Backends.
+	OriginOnly bool `json:"originOnly,omitempty"`
 }
 
 // Reached is what came of a dial to an origin, TCP only.
