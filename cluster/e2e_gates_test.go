@@ -254,7 +254,7 @@ func TestGatesAreToldOnServer(t *testing.T) {
 	if !told() {
 		t.Error("the gates do not say what they were told")
 	}
-	if got, err := c.Reach(ctx, ns, intercept.GateName, "web"); err != nil || len(got) != 1 || got[0].Error == "" || got[0].Error == "refused" {
+	if got, err := c.Reach(ctx, ns, intercept.GateName, intercept.ReachRequest{Key: "web"}); err != nil || len(got) != 1 || got[0].Error == "" || got[0].Error == "refused" {
 		t.Errorf("%+v, %v", got, err)
 	}
 	keeping, stop := context.WithCancel(ctx)

@@ -81,7 +81,7 @@ const (
 	secondSelector = `{"app":"web2"}`
 )
 
-var testGates = map[string]string{LabelName: "culvert-gate", LabelManagedBy: "culvert"}
+var gateLabels = map[string]string{LabelName: "culvert-gate", LabelManagedBy: "culvert"}
 
 // switchWeb plans and switches the Service web for a session.
 func switchWeb(t *testing.T, c *Cluster, session string) (*ServicePlan, *corev1.Service) {
@@ -95,11 +95,11 @@ func switchWeb(t *testing.T, c *Cluster, session string) (*ServicePlan, *corev1.
 	if err != nil {
 		t.Fatal(err)
 	}
-	switched, err := c.Switch(ctx, plan, testGates, gatePortsOf(plan), Record{Session: session, User: "e2e", Since: time.Now(), Kind: "exchange"})
+	switched, err := c.Switch(ctx, plan, gateLabels, gatePortsOf(plan), Record{Session: session, User: "e2e", Since: time.Now(), Kind: "exchange"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !maps.Equal(switched.Spec.Selector, testGates) || switched.Spec.Ports[0].TargetPort.IntValue() < 20000 {
+	if !maps.Equal(switched.Spec.Selector, gateLabels) || switched.Spec.Ports[0].TargetPort.IntValue() < 20000 {
 		t.Fatalf("switched to %v, %v", switched.Spec.Selector, switched.Spec.Ports)
 	}
 	return plan, switched
@@ -289,7 +289,7 @@ func TestWatchReplan(t *testing.T) {
 						next, err := c.Replan(ctx, plan, change.Service)
 						if err == nil {
 							if _, err = c.EnsureOrigin(ctx, next, "s1"); err == nil {
-								_, err = c.Switch(ctx, next, testGates, gatePortsOf(next), *held)
+								_, err = c.Switch(ctx, next, gateLabels, gatePortsOf(next), *held)
 							}
 						}
 						if err != nil {
@@ -305,7 +305,7 @@ func TestWatchReplan(t *testing.T) {
 			} else {
 				t.Logf("%s by %s", change.Kind, change.Manager)
 			}
-			if got := web(t, c); !maps.Equal(got.Spec.Selector, testGates) {
+			if got := web(t, c); !maps.Equal(got.Spec.Selector, gateLabels) {
 				t.Errorf("selector %v", got.Spec.Selector)
 			}
 			origin, err := c.client.Services(interceptedNamespace).Get(ctx, OriginName("web"), metav1.GetOptions{})
@@ -373,7 +373,7 @@ func TestSwitchOfTwo(t *testing.T) {
 		t.Fatal(err)
 	}
 	switchWeb(t, c, "first")
-	_, err = c.Switch(ctx, plan, testGates, gatePortsOf(plan), Record{Session: "second"})
+	_, err = c.Switch(ctx, plan, gateLabels, gatePortsOf(plan), Record{Session: "second"})
 	wantCode(t, err, api.CodeExists, "e2e", "first")
 	// What the second planned is stale as well when the first has left and the
 	// owner changed something.
@@ -384,7 +384,7 @@ func TestSwitchOfTwo(t *testing.T) {
 		t.Fatal(err)
 	}
 	edit(t, secondSelector)
-	_, err = c.Switch(ctx, plan, testGates, gatePortsOf(plan), Record{Session: "second"})
+	_, err = c.Switch(ctx, plan, gateLabels, gatePortsOf(plan), Record{Session: "second"})
 	wantCode(t, err, api.CodeConflict, "changed", "kubectl-edit")
 }
 
@@ -473,7 +473,7 @@ func runCut(t *testing.T, c *Cluster, cut *cutTransport) bool {
 	if _, err := dying.EnsureOrigin(ctx, plan, "s1"); err != nil {
 		return false
 	}
-	if _, err := dying.Switch(ctx, plan, testGates, gatePortsOf(plan), Record{Session: "s1"}); err != nil {
+	if _, err := dying.Switch(ctx, plan, gateLabels, gatePortsOf(plan), Record{Session: "s1"}); err != nil {
 		return false
 	}
 	if _, err := dying.Restore(ctx, interceptedNamespace, "web", "s1"); err != nil {

@@ -167,7 +167,7 @@ func TestGateStatusesAndReach(t *testing.T) {
 	if want := []intercept.Reached{{Port: 70}, {Port: 80, Error: "timeout"}, {Port: 90, Error: "refused"}}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}
-	if _, err := c.Reach(t.Context(), "demo", "culvert-gate", "typo"); err == nil || !strings.Contains(err.Error(), "there is no entry") {
+	if _, err := c.Reach(t.Context(), "demo", "culvert-gate", intercept.ReachRequest{Key: "typo"}); err == nil || !strings.Contains(err.Error(), "there is no entry") {
 		t.Error(err)
 	}
 }

@@ -112,11 +112,7 @@ func (c *conn) sweep(now time.Time) {
 	proto := c.proto.Load()
 	between := proto <= protoHTTP1 && c.last.Load() != upward
 	switch {
-<<<<<<< HEAD
-	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), between && quiet, late && (idle || between):
-=======
-	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), late && (between || idle && proto > protoHTTP1):
->>>>>>> h-gate
+	case idle && (proto == protoOther || c.answered.Load() || c.streams.left()), between && quiet, late && (between || idle && proto > protoHTTP1):
 		c.finish()
 	case late:
 		c.reset()

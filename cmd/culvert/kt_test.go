@@ -101,6 +101,8 @@ func TestKtConnectFlags(t *testing.T) {
 		{"--proxyAddr 127.0.0.1", same, "SOCKS", 0},
 		{"--dnsCacheTtl 60", same, "TTL", 0},
 		{"--dnsPort 10053", same, "port", 0},
+		{"--skipPortChecking", same, "no reason to refuse", 0},
+		{"--recoverWaitTime 60", same, "ready again", 0},
 		{"--includeDomains a.example", same, "--cluster-domain", 2},
 	} {
 		t.Run(c.args, func(t *testing.T) {
@@ -128,7 +130,7 @@ func TestKtConnectFlagsAreAll(t *testing.T) {
 		withLabel withAnnotation podCreationTimeout portForwardTimeout useShadowDeployment useLocalTime forceUpdate
 		asWorker podQuota ipVersion help version
 		mode dnsMode shareShadow clusterDomain disablePodIp skipCleanup includeIps excludeIps ingressIp
-		disableTunDevice disableTunRoute proxyPort proxyAddr dnsCacheTtl dnsPort includeDomains`)
+		disableTunDevice disableTunRoute proxyPort proxyAddr dnsCacheTtl dnsPort skipPortChecking recoverWaitTime includeDomains`)
 	var got []string
 	for _, k := range ktFlags {
 		got = append(got, k.name)
