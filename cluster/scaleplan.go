@@ -178,7 +178,8 @@ func (c *Cluster) behindService(ctx context.Context, service *workload) (*worklo
 	var found []*workload
 	var names []string
 	for _, w := range all {
-		if service.selector.Matches(labels.Set(w.template.Labels)) && metav1.GetControllerOf(w.meta) == nil {
+		managed := w.kind == kindReplicaSet && metav1.GetControllerOf(w.meta) != nil
+		if service.selector.Matches(labels.Set(w.template.Labels)) && !managed {
 			found = append(found, w)
 			names = append(names, strings.ToLower(w.kind)+"/"+w.name)
 		}
