@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
 	"github.com/culvert-dev/culvert/daemon/api"
@@ -138,7 +140,19 @@ func newShelf(t *testing.T, manifests string) (*shelf, *Cluster) {
 		m.SetNamespace("a")
 		s.objects[resources[head.Kind]+m.GetName()] = m
 	}
-	return s, &Cluster{namespace: "a", client: (&apiServer{answer: s.answer}).client(t)}
+	server := httptest.NewServer(&apiServer{answer: s.answer})
+	t.Cleanup(server.Close)
+	return s, &Cluster{namespace: "a", client: unlimited(t, server.URL)}
+}
+
+// unlimited is a client that may ask as often as a test likes.
+func unlimited(t *testing.T, url string) *Client {
+	t.Helper()
+	c, err := NewClient(&rest.Config{Host: url, QPS: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 const environManifests = `

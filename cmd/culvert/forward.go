@@ -216,7 +216,7 @@ func (a *app) printForward(b *cluster.Backend, m mapping, at []string, way strin
 		a.printJSONLine(a.out, map[string]any{"listening": at, "target": b.Name, "port": m.remote.Number, "way": way})
 		return
 	}
-	fmt.Fprintf(a.out, "%s leads to %s, port %s, %s. Ctrl-C ends it.\n", strings.Join(at, " and "), printable(b.Name), printable(m.remote.String()), way)
+	fmt.Fprintf(a.out, "Forwarding %s to %s, port %s, %s. Ctrl-C ends it.\n", strings.Join(at, " and "), printable(b.Name), printable(m.remote.String()), way)
 }
 
 // reporter tells about connections that failed: the same text once in 5 s.
