@@ -61,15 +61,17 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		}
 		i.head = &exchangeHead{c: c, plan: plan}
 	case intercept.Preview:
-		i.head = &previewHead{c: c, spec: &i.spec, list: portsOf(e)}
+		i.head = &previewHead{c: c, spec: &i.spec, list: portsOfEntry(e)}
 	case intercept.Scale:
-		i.head = &scaleHead{c: c, key: r.Key, name: e.Service, list: portsOf(e)}
+		if i.head, err = c.resumeScaleHead(ctx, r.Namespace, e); err != nil {
+			return nil, err
+		}
 	}
 	return i, nil
 }
 
-// portsOf are the ports of an entry, as far as it tells them.
-func portsOf(e intercept.Entry) []PlanPort {
+// portsOfEntry are the ports of an entry, as far as it tells them.
+func portsOfEntry(e intercept.Entry) []PlanPort {
 	var ports []PlanPort
 	for _, r := range e.Routes {
 		p := PlanPort{Name: r.Name, Protocol: protocolNamed(r.Protocol), Port: r.Port, Number: int32(r.Listen)}

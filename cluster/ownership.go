@@ -19,6 +19,9 @@ import (
 // says of ownership (https://kubernetes.io/docs/reference/using-api/server-side-apply/).
 const fieldManager = "culvert"
 
+// isReplicas is what --mode scale changes of a workload, beside its annotation.
+func isReplicas(p fieldpath.Path) bool { return fieldAt(p, 0) == "spec" && fieldAt(p, 1) == "replicas" }
+
 // Fields of a Service. An intercept changes selector and targetPorts, beside its
 // annotation.
 func isSelector(p fieldpath.Path) bool   { return fieldAt(p, 0) == "spec" && fieldAt(p, 1) == "selector" }
@@ -44,10 +47,10 @@ func only(fields *fieldpath.Set, wanted func(fieldpath.Path) bool) *fieldpath.Se
 	return part
 }
 
-// owners says who owns the fields that an intercept changes, ourselves left out:
+// owners says who owns the fields that an intercept touches, ourselves left out:
 // of what is ours now those that had it before (saved), of all else those that
 // have it now.
-func owners(live, saved []metav1.ManagedFieldsEntry) ([]metav1.ManagedFieldsEntry, error) {
+func owners(live, saved []metav1.ManagedFieldsEntry, touched func(fieldpath.Path) bool) ([]metav1.ManagedFieldsEntry, error) {
 	ours, theirs, err := splitOwners(live)
 	if err != nil {
 		return nil, err
@@ -58,7 +61,7 @@ func owners(live, saved []metav1.ManagedFieldsEntry) ([]metav1.ManagedFieldsEntr
 		if err != nil {
 			return nil, err
 		}
-		if all, err = addFields(all, e, only(fields, isTouched)); err != nil {
+		if all, err = addFields(all, e, only(fields, touched)); err != nil {
 			return nil, err
 		}
 	}

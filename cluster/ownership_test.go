@@ -39,7 +39,7 @@ func TestServiceOwners(t *testing.T) {
 		{"nothing is ours", entries{entry("argocd", byApply, otherFields)}, entries{entry("argocd", byApply, selectorAndPort)}, nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := owners(test.live, test.saved)
+			got, err := owners(test.live, test.saved, isTouched)
 			sameEntries(t, got, test.want, err)
 		})
 	}

@@ -61,7 +61,7 @@ func (c *Cluster) restore(ctx context.Context, live *corev1.Service, r *Record, 
 		next := *r
 		next.Phase = PhaseRestored
 		// Ownership that cannot be read must not stop the rest.
-		if managed, err := owners(live.ManagedFields, r.Managed); err == nil {
+		if managed, err := owners(live.ManagedFields, r.Managed, isTouched); err == nil {
 			next.Managed = managed
 		}
 		text, err := next.encode()

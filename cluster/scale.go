@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -40,8 +39,9 @@ type ScaleRecord struct {
 	Gate     string    `json:"gate,omitempty"`   // Deployment of the pods that stand in
 	Phase    string    `json:"phase"`
 	Replicas int32     `json:"replicas"`
-	Ready    int32     `json:"ready"`            // pods that were ready
-	Owners   []Owner   `json:"owners,omitempty"` // of spec.replicas
+	Ready    int32     `json:"ready"` // pods that were ready
+	// Managed is who owned spec.replicas.
+	Managed []metav1.ManagedFieldsEntry `json:"managed,omitempty"`
 }
 
 // Scaled is a workload that has a ScaleRecord.
@@ -60,12 +60,6 @@ type ScaledBack struct {
 	Replicas int32 // after it
 	Ready    int32 // pods, after it: fewer than were ready before if the time was too short
 }
-
-// Paths of the fields that scaling touches.
-var (
-	pathReplicas = fieldPath{"f:spec", "f:replicas"}
-	pathScaled   = fieldPath{"f:metadata", "f:annotations", "f:" + AnnotationScaled}
-)
 
 // scaleAttempts bounds how often a change is tried again because the object
 // changed meanwhile. A rollout changes it a few times in a second.
@@ -133,7 +127,7 @@ func (c *Cluster) dropCopies(ctx context.Context, w *workload) error {
 			}
 			found = true
 			b := fmt.Appendf(nil, `{"metadata":{"annotations":{%q:null}}}`, AnnotationScaled)
-			_, err := c.client.ReplicaSets(w.namespace).Patch(ctx, r.Name, types.MergePatchType, b, metav1.PatchOptions{FieldManager: scaleFieldManager})
+			_, err := c.client.ReplicaSets(w.namespace).Patch(ctx, r.Name, types.MergePatchType, b, metav1.PatchOptions{FieldManager: fieldManager})
 			if err != nil && !apierrors.IsNotFound(err) {
 				return translate(what, err)
 			}
@@ -175,7 +169,10 @@ func (c *Cluster) ScaleDown(ctx context.Context, p *ScalePlan, r ScaleRecord) er
 				Hint:    "`culvert recover` undoes one that nobody holds any more",
 			}
 		}
-		r.Replicas, r.Ready, r.Owners = o.replicas, o.ready, ownersOf(o.meta.ManagedFields, pathReplicas)
+		r.Replicas, r.Ready = o.replicas, o.ready
+		if r.Managed, err = owners(o.meta.ManagedFields, nil, isReplicas); err != nil {
+			return err
+		}
 		return c.patchScale(ctx, o, map[string]any{"replicas": 0}, &r, nil)
 	}))
 }
@@ -245,11 +242,7 @@ func (c *Cluster) ScaleBack(ctx context.Context, namespace, kind, name string, p
 		if readScaleRecord(o.meta) == nil {
 			return nil // another one undoes it too
 		}
-		given := map[string][]Owner{}
-		if owned(o.meta.ManagedFields, pathReplicas) {
-			given["replicas"] = back.Record.Owners
-		}
-		fields, err := giveBack(o.meta.ManagedFields, given, map[string]fieldPath{"replicas": pathReplicas}, pathScaled)
+		fields, err := giveBack(o.meta.ManagedFields, back.Record.Managed)
 		if err != nil {
 			return err
 		}
@@ -272,18 +265,12 @@ func scaledByCulvert(o *scaledObject) bool {
 	if o.replicas != 0 || metav1.GetControllerOf(o.meta) != nil && o.kind == kindReplicaSet {
 		return false
 	}
-	return owned(o.meta.ManagedFields, pathReplicas) || len(ownersOf(o.meta.ManagedFields, pathReplicas)) == 0
-}
-
-// owned says whether culvert owns the field.
-func owned(fields []metav1.ManagedFieldsEntry, path fieldPath) bool {
-	return slices.ContainsFunc(fields, func(e metav1.ManagedFieldsEntry) bool {
-		if e.Manager != scaleFieldManager {
-			return false
-		}
-		set, err := decodeFields(e.FieldsV1)
-		return err == nil && set.has(path)
-	})
+	ours, theirs, err := splitOwners(o.meta.ManagedFields)
+	if err != nil {
+		return false
+	}
+	others, err := owners(theirs, nil, isReplicas)
+	return err == nil && (!only(ours, isReplicas).Empty() || len(others) == 0)
 }
 
 // awaitScaled waits for the pods until the deadline of ctx, which is no error.
@@ -395,7 +382,7 @@ func (c *Cluster) patchScale(ctx context.Context, o *scaledObject, spec map[stri
 	if err != nil {
 		return fmt.Errorf("encoding the change: %w", err)
 	}
-	options := metav1.PatchOptions{FieldManager: scaleFieldManager}
+	options := metav1.PatchOptions{FieldManager: fieldManager}
 	switch o.kind {
 	case kindDeployment:
 		_, err = c.client.Deployments(o.namespace).Patch(ctx, o.name, types.MergePatchType, b, options)

@@ -180,10 +180,10 @@ func TestScaleRoundTrip(t *testing.T) {
 	if err := apply(kindDeployment, "kept", "2"); err != nil {
 		t.Fatal(err)
 	}
-	if err := patch(kindDeployment, "kept", types.MergePatchType, []byte(`{"spec":{"replicas":0}}`), scaleFieldManager); err != nil {
+	if err := patch(kindDeployment, "kept", types.MergePatchType, []byte(`{"spec":{"replicas":0}}`), fieldManager); err != nil {
 		t.Fatal(err)
 	}
-	if err := patch(kindDeployment, "kept", types.MergePatchType, []byte(`{"spec":{"replicas":2}}`), scaleFieldManager); err != nil {
+	if err := patch(kindDeployment, "kept", types.MergePatchType, []byte(`{"spec":{"replicas":2}}`), fieldManager); err != nil {
 		t.Fatal(err)
 	}
 	if err := apply(kindDeployment, "kept", "3"); !apierrors.IsConflict(err) {

@@ -441,11 +441,10 @@ func TestScaleFields(t *testing.T) {
 		entry("scaler", "Update", `{"f:spec":{"f:replicas":{}}}`),
 		entry("other", "Update", `{"f:spec":{"f:paused":{}}}`),
 	}
-	owners := ownersOf(before, pathReplicas)
-	if len(owners) != 2 || owners[0].Manager != "owner" || owners[1].Manager != "scaler" {
-		t.Fatalf("%+v", owners)
+	saved, err := owners(before, nil, isReplicas)
+	if err != nil || text(saved) != `owner Apply {"f:spec":{"f:replicas":{}}}`+"\n"+`scaler Update {"f:spec":{"f:replicas":{}}}` {
+		t.Fatalf("%v\n%s", err, text(saved))
 	}
-	paths := map[string]fieldPath{"replicas": pathReplicas}
 	for name, x := range map[string]struct {
 		now  []metav1.ManagedFieldsEntry
 		want string
@@ -457,17 +456,17 @@ func TestScaleFields(t *testing.T) {
 			},
 			text([]metav1.ManagedFieldsEntry{before[0], before[2], before[1]}),
 		},
-		"what else culvert owns stays": {
-			[]metav1.ManagedFieldsEntry{before[0], before[1], entry("culvert", "Update", `{"f:metadata":{"f:annotations":{".":{},"f:culvert.dev/scaled":{},"f:x":{}}},"f:spec":{"f:replicas":{}}}`)},
-			text(before[:2]) + "\n" + `culvert Update {"f:metadata":{"f:annotations":{".":{},"f:x":{}}}}`,
+		"taken meanwhile": {
+			[]metav1.ManagedFieldsEntry{before[1], entry("culvert", "Update", `{"f:metadata":{"f:annotations":{".":{},"f:culvert.dev/scaled":{}}}}`)},
+			text(before[1:2]),
 		},
 	} {
-		got, err := giveBack(x.now, map[string][]Owner{"replicas": owners}, paths, pathScaled)
+		got, err := giveBack(x.now, saved)
 		if err != nil || text(got) != x.want {
 			t.Errorf("%s: %v\n%s\nwant\n%s", name, err, text(got), x.want)
 		}
 	}
-	if got, err := giveBack([]metav1.ManagedFieldsEntry{entry("culvert", "Update", `?`)}, nil, paths, pathScaled); err == nil {
+	if got, err := giveBack([]metav1.ManagedFieldsEntry{entry("culvert", "Update", `?`)}, nil); err == nil {
 		t.Errorf("%v", got)
 	}
 }

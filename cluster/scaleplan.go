@@ -80,6 +80,15 @@ var controllerLabels = []string{
 	"pod-template-generation",
 }
 
+// podLabelsOf are those of a workload's pods that controllers do not set.
+func podLabelsOf(w *workload) map[string]string {
+	all := maps.Clone(w.template.Labels)
+	for _, l := range controllerLabels {
+		delete(all, l)
+	}
+	return all
+}
+
 // PlanScale finds the workload that target means (deployment/x, statefulset/x,
 // replicaset/x, or service/x and pod/x for the workload behind them; a bare name
 // is looked for among all of them), matches expose with its ports, and lists what
@@ -96,10 +105,7 @@ func (c *Cluster) PlanScale(ctx context.Context, namespace, target string, expos
 	if err := refuseScale(w, force); err != nil {
 		return nil, err
 	}
-	p := &ScalePlan{Namespace: w.namespace, Kind: w.kind, Name: w.name, UID: w.uid, Replicas: w.replicas, PodLabels: maps.Clone(w.template.Labels)}
-	for _, l := range controllerLabels {
-		delete(p.PodLabels, l)
-	}
+	p := &ScalePlan{Namespace: w.namespace, Kind: w.kind, Name: w.name, UID: w.uid, Replicas: w.replicas, PodLabels: podLabelsOf(w)}
 	p.note("this mode replaces the pods of %s and cannot fail open: while your machine is away, nobody answers", p)
 	services, err := c.servicesOf(ctx, w)
 	if err != nil {

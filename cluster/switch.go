@@ -120,7 +120,7 @@ func (r *Record) switched(live *corev1.Service, selector map[string]string, gate
 		saved = r.Managed
 	}
 	var err error
-	if next.Managed, err = owners(live.ManagedFields, saved); err != nil {
+	if next.Managed, err = owners(live.ManagedFields, saved, isTouched); err != nil {
 		return next, nil, err
 	}
 	want := live.DeepCopy()

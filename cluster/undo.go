@@ -20,6 +20,9 @@ const (
 	// linger is how long gates go on after the traffic was led away from them:
 	// until every node knows.
 	linger = 3 * time.Second
+	// scaleBackTime is how long a workload's pods have to become ready again, before
+	// those that stand in for them end.
+	scaleBackTime = 2 * time.Minute
 	// drainPoll is how often gates are asked whether connections are left.
 	drainPoll = 500 * time.Millisecond
 )
@@ -59,7 +62,8 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 
 	u.Reached(StepRestore)
 	var trouble []error
-	if known {
+	service := !strings.HasPrefix(u.Key, scalePrefix)
+	if known && service {
 		// Before the Service is led back: whoever watches over it sees that this is
 		// no accident, and does not lead it to the gates again.
 		trouble = append(trouble, c.markDraining(ctx, u))
@@ -73,7 +77,12 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	}
 
 	u.Reached(StepDrain)
-	if known {
+	switch {
+	case !service:
+		// Those that stand in have no origin to lead to. They serve until nobody
+		// finds them any more.
+		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, firstOf(entry.Gate, OwnGate(u.Key))))
+	case known:
 		trouble = append(trouble, c.drain(ctx, u, gate, led))
 	}
 	u.Reached(StepEntryRemoved)
@@ -81,7 +90,7 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	if err != nil {
 		return errors.Join(append(trouble, err)...)
 	}
-	if known {
+	if known && service {
 		// Gates that know of nothing end at once when they are told to.
 		push, cancel := context.WithTimeout(ctx, 5*time.Second)
 		if err := c.Push(push, u.Namespace, gate, rest); err != nil && !last {
@@ -89,15 +98,12 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 		}
 		cancel()
 	}
-	service := !strings.HasPrefix(u.Key, scalePrefix)
 	u.Reached(StepOriginDeleted)
 	if service {
 		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key))
 	}
 	u.Reached(StepPolicyDeleted)
-	if service {
-		trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key))
-	}
+	trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key))
 	u.Reached(StepGatesGone)
 	if gate != intercept.GateName {
 		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
@@ -110,10 +116,8 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 
 // leadBack undoes the head. led: traffic had come to the gates.
 func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate string, err error) {
-	if rest, ok := strings.CutPrefix(u.Key, scalePrefix); ok {
-		kind, name, _ := strings.Cut(rest, ".")
-		back, err := c.ScaleBack(ctx, u.Namespace, kind, name, u.Session, u.Say)
-		return back.Changed, back.Gate, err
+	if strings.HasPrefix(u.Key, scalePrefix) {
+		return c.scaleBack(ctx, u)
 	}
 	service, err := c.client.Services(u.Namespace).Get(ctx, u.Key, metav1.GetOptions{})
 	switch {
