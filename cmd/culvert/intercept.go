@@ -15,6 +15,7 @@ import (
 
 	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // interceptFlags are those of exchange, preview and expose: what comes here, and
@@ -46,7 +47,7 @@ func (f *interceptFlags) run(ctx context.Context, a *app) error {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	started := time.Now()
-	s, made, err := a.sessionFor(ctx, &f.connect)
+	s, made, err := a.sessionFor(ctx, &f.connect, f.check)
 	if err != nil {
 		return err
 	}
@@ -82,9 +83,39 @@ func (f *interceptFlags) run(ctx context.Context, a *app) error {
 	return nil
 }
 
+// check looks at what shall be intercepted before a session is made for it: what is
+// wrong there is known before anything changes.
+func (f *interceptFlags) check(ctx context.Context, o api.Options) error {
+	if f.req.Kind == api.KindExpose {
+		return nil // it is the agent's alone
+	}
+	expose, err := cluster.ParseExpose(f.req.Expose)
+	if err != nil {
+		return err
+	}
+	c, err := cluster.Open(o)
+	if err != nil {
+		return err
+	}
+	spec := cluster.InterceptSpec{Kind: f.req.Kind, Namespace: f.req.Namespace, Target: f.req.Target, Expose: expose, Force: f.req.Force, External: f.req.External, Host: f.req.Host}
+	if f.req.Mode == api.ModeScale {
+		spec.Kind = intercept.Scale
+	}
+	_, err = c.PlanIntercept(ctx, spec)
+	var held *cluster.Held
+	if !errors.As(err, &held) {
+		return err
+	}
+	last, ok, seenErr := c.SeenSession(ctx, held.Namespace, held.Holder.Session)
+	if seenErr != nil || f.req.Wait > 0 || !ok || c.Now().Sub(last) > cluster.GoneAfter {
+		return nil // the session waits, or takes over
+	}
+	return held.Err
+}
+
 // sessionFor finds the session that the flags mean, or makes one that leaves the
-// machine's network alone.
-func (a *app) sessionFor(ctx context.Context, o *optionFlags) (s api.Session, made bool, err error) {
+// machine's network alone; check is asked before.
+func (a *app) sessionFor(ctx context.Context, o *optionFlags, check func(context.Context, api.Options) error) (s api.Session, made bool, err error) {
 	opts, err := a.options(o)
 	if err != nil {
 		return s, false, err
@@ -136,6 +167,11 @@ func (a *app) sessionFor(ctx context.Context, o *optionFlags) (s api.Session, ma
 	}
 	opts.Kubeconfig, opts.Context, opts.Namespace = t.Kubeconfig, t.Context, t.Namespace
 	opts.InterceptOnly = true
+	if !c.sudo { // the kubeconfig is not root's to read
+		if err := check(ctx, opts); err != nil {
+			return s, false, cancelled(err)
+		}
+	}
 	if !a.json() {
 		fmt.Fprintf(a.err, "No session to context %q: starting one for intercepts only (an agent pod in namespace %q; this machine's routes and names stay as they are).\n", t.Context, t.Namespace)
 	}
