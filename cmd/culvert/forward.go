@@ -211,10 +211,11 @@ func (a *app) checkForward(ctx context.Context, f *forwarder, all []mapping) err
 		return nil
 	}
 	for _, m := range all {
-		_, err := b.Endpoints(ctx, m.remote)
-		if e := asError(err); err != nil && e.Code != api.CodeNotFound {
-			return err
-		} else if err != nil {
+		if _, err := b.Endpoints(ctx, m.remote); err != nil {
+			e := asError(err)
+			if e.Code != api.CodeNotFound {
+				return e
+			}
 			a.notice(e.Message)
 		}
 	}
