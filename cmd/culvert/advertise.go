@@ -26,10 +26,10 @@ var registries = []registry{
 		return pairs("SPRING_CLOUD_NACOS_DISCOVERY_IP", ip.String(), "SPRING_CLOUD_NACOS_DISCOVERY_PORT", portText(port))
 	}},
 	{"eureka", func(ip netip.Addr, port uint16) []cluster.Var {
-		// The host name wins where it is set, and clients call it. An instance id
-		// with the address in it is told from the one of the pod.
+		// Without an id of its own, made of the host's name by default, it would be
+		// the same instance as another one on this machine.
 		return pairs("EUREKA_INSTANCE_PREFERIPADDRESS", "true", "EUREKA_INSTANCE_IPADDRESS", ip.String(),
-			"EUREKA_INSTANCE_HOSTNAME", ip.String(), "EUREKA_INSTANCE_NONSECUREPORT", portText(port),
+			"EUREKA_INSTANCE_NONSECUREPORT", portText(port),
 			"EUREKA_INSTANCE_INSTANCEID", netip.AddrPortFrom(ip, port).String())
 	}},
 	{"dubbo", func(ip netip.Addr, port uint16) []cluster.Var {
@@ -40,7 +40,9 @@ var registries = []registry{
 			"SPRING_CLOUD_CONSUL_DISCOVERY_PORT", portText(port))
 	}},
 	{"zookeeper", func(ip netip.Addr, port uint16) []cluster.Var {
-		return pairs("SPRING_CLOUD_ZOOKEEPER_DISCOVERY_INSTANCEHOST", ip.String(), "SPRING_CLOUD_ZOOKEEPER_DISCOVERY_INSTANCEPORT", portText(port))
+		// The second is what prefer-ip-address uses.
+		return pairs("SPRING_CLOUD_ZOOKEEPER_DISCOVERY_INSTANCEHOST", ip.String(), "SPRING_CLOUD_ZOOKEEPER_DISCOVERY_INSTANCEIPADDRESS", ip.String(),
+			"SPRING_CLOUD_ZOOKEEPER_DISCOVERY_INSTANCEPORT", portText(port))
 	}},
 }
 

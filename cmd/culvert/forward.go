@@ -186,6 +186,9 @@ func (a *app) forward(ctx context.Context, target string, args []string, ips []n
 	}
 	f := &forwarder{backend: b, sessions: sessions, report: a.reporter(), slots: make(chan struct{}, maxForwarded)}
 	defer f.Close()
+	if err := a.checkForward(ctx, f, all); err != nil {
+		return err
+	}
 	for _, m := range all {
 		at, err := f.listen(m, ips)
 		if err != nil {
@@ -197,6 +200,25 @@ func (a *app) forward(ctx context.Context, target string, args []string, ips []n
 		a.notice("others who reach this machine reach the target too: --address is not loopback")
 	}
 	f.Run(ctx)
+	return nil
+}
+
+// checkForward finds out now what every connection would fail for. Pods that are
+// not ready yet may be so later.
+func (a *app) checkForward(ctx context.Context, f *forwarder, all []mapping) error {
+	b := f.backend
+	if len(b.IPs) > 0 && f.sessions.lead(ctx, b.IPs[0]) {
+		return nil
+	}
+	for _, m := range all {
+		if _, err := b.Endpoints(ctx, m.remote); err != nil {
+			e := asError(err)
+			if e.Code != api.CodeNotFound {
+				return e
+			}
+			a.notice(e.Message)
+		}
+	}
 	return nil
 }
 
@@ -259,7 +281,11 @@ func (f *forwarder) listen(m mapping, ips []netip.Addr) (at []string, err error)
 	port := m.local
 	for _, ip := range ips {
 		address := netip.AddrPortFrom(ip, port).String()
-		l, err := net.Listen("tcp", address)
+		network := "tcp4" // "tcp" would take 0.0.0.0 for both families
+		if ip.Is6() {
+			network = "tcp6"
+		}
+		l, err := net.Listen(network, address)
 		switch {
 		case err == nil:
 		case loopback && ip.Is6() && (m.local == 0 || !errors.Is(err, syscall.EADDRINUSE)):
@@ -290,10 +316,10 @@ func (f *forwarder) Close() {
 // Run serves until ctx ends, then resets what is open, and returns when all of it
 // has ended.
 func (f *forwarder) Run(ctx context.Context) {
-	var running sync.WaitGroup
-	defer running.Wait()
 	stop := context.AfterFunc(ctx, f.Close)
 	defer stop()
+	var running sync.WaitGroup
+	defer running.Wait() // before stop
 	for _, l := range f.open {
 		running.Go(func() {
 			for {
@@ -331,6 +357,10 @@ func (f *forwarder) way(ctx context.Context) string {
 	return "by port-forward, or through a session once one is connected"
 }
 
+// podTimeout bounds the dial of one pod: it counts as ready for a while after its
+// node died, and there may be others.
+const podTimeout = 10 * time.Second
+
 // directTimeout bounds the dial through a session. The agent dials before it
 // answers, so this is the time of both.
 const directTimeout = 5 * time.Second
@@ -359,6 +389,8 @@ func (f *forwarder) ways(ctx context.Context, port cluster.BackendPort) ways {
 				return
 			}
 			if !yield(func(ctx context.Context) (net.Conn, error) {
+				ctx, cancel := context.WithTimeout(ctx, podTimeout)
+				defer cancel()
 				conn, err := f.backend.Dial(ctx, e)
 				if err != nil {
 					f.backend.Forget()

@@ -3,17 +3,21 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/daemon/api"
 )
 
 func TestForwardMappings(t *testing.T) {
@@ -362,10 +366,71 @@ func TestForwardListen(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { f.Run(ctx); close(done) }()
+	select {
+	case <-done:
+		t.Fatal("it ends by itself")
+	case <-time.After(50 * time.Millisecond):
+	}
 	cancel()
 	select {
 	case <-done:
 	case <-time.After(5 * time.Second):
 		t.Error("it goes on")
+	}
+}
+
+// A session counts if it is the caller's, of this cluster, connected, and leads to
+// the address.
+func TestForwardSessionRoutes(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var session api.Session
+	asked := 0
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked++
+		_ = json.NewEncoder(w).Encode([]api.Session{session})
+	})}
+	t.Cleanup(func() { server.Close() })
+	go server.Serve(l)
+	route := func(p string) []api.Route { return []api.Route{{Prefix: netip.MustParsePrefix(p)}} }
+	good := api.Session{UID: 7, Context: "x", Server: "https://a", State: api.Connected, Routes: route("10.96.0.0/16"), Excluded: route("10.96.5.0/24")}
+	for name, x := range map[string]struct {
+		change func(*api.Session)
+		ip     string
+		want   bool
+	}{
+		"good":        {func(*api.Session) {}, "10.96.1.1", true},
+		"elsewhere":   {func(*api.Session) {}, "10.97.1.1", false},
+		"excluded":    {func(*api.Session) {}, "10.96.5.1", false},
+		"not his":     {func(s *api.Session) { s.UID = 8 }, "10.96.1.1", false},
+		"context":     {func(s *api.Session) { s.Context = "y" }, "10.96.1.1", false},
+		"server":      {func(s *api.Session) { s.Server = "https://b" }, "10.96.1.1", false},
+		"interrupted": {func(s *api.Session) { s.State = api.Reconnecting }, "10.96.1.1", false},
+	} {
+		session = good
+		x.change(&session)
+		s := &sessionRoutes{client: api.New(socket), context: "x", server: "https://a", uid: 7}
+		asked = 0
+		for range 2 {
+			if got := s.lead(t.Context(), netip.MustParseAddr(x.ip)); got != x.want {
+				t.Errorf("%s: %v", name, got)
+			}
+		}
+		if asked != 1 {
+			t.Errorf("%s: asked %d times", name, asked)
+		}
+	}
+	start := time.Now()
+	s := &sessionRoutes{client: api.New(socket + "-none")}
+	for range 3 {
+		if s.lead(t.Context(), netip.MustParseAddr("10.96.1.1")) {
+			t.Error("no daemon, and it leads")
+		}
+	}
+	if d := time.Since(start); d > 2*daemonTimeout {
+		t.Errorf("without a daemon it takes %v", d)
 	}
 }
