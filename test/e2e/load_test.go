@@ -5,6 +5,9 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +48,7 @@ type failedRequest struct {
 // loading is a load that goes on.
 type loading struct {
 	name string
+	end  io.Closer // the load's standard input, by which it ends earlier
 	done chan netlab.Result
 }
 
@@ -52,10 +56,27 @@ type loading struct {
 // and returns when they do: so what happens next happens under load.
 func startLoad(t *testing.T, client, url string, d time.Duration, flags ...string) *loading {
 	t.Helper()
-	l := &loading{name: strings.Join(append([]string{"load"}, flags...), " "), done: make(chan netlab.Result, 1)}
-	args := append([]string{"--json", "load", url, "--times", "--rate", "200", "--workers", fmt.Sprint(loadClients), "--seconds", fmt.Sprint(d.Seconds())}, flags...)
-	go func() { l.done <- fromPod(client, args...) }()
+	in, end, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &loading{name: strings.Join(append([]string{"load"}, flags...), " "), end: end, done: make(chan netlab.Result, 1)}
+	t.Cleanup(func() { end.Close() })
+	args := append([]string{"-n", "clients", "exec", "-i", client, "--", "/testapp", "--json", "load", url, "--until-eof", "--times",
+		"--rate", "200", "--workers", fmt.Sprint(loadClients), "--seconds", fmt.Sprint(d.Seconds())}, flags...)
+	go func() {
+		l.done <- lab.Kubectl("", in, args...)
+		in.Close()
+	}()
 	return l
+}
+
+// stop ends the load before its time, a moment from now, and waits for its end:
+// so it lasts as long as what it is about, whatever that takes on a slow machine.
+func (l *loading) stop(t *testing.T) loaded {
+	t.Helper()
+	l.end.Close()
+	return l.wait(t)
 }
 
 // wait waits for the end.
@@ -90,6 +111,15 @@ func (l loaded) at(name string, after time.Time) (time.Time, bool) {
 		}
 	}
 	return time.UnixMilli(l.Begun + first), first >= 0
+}
+
+// last is when a server answered last.
+func (l loaded) last(name string) (time.Time, bool) {
+	times := l.Answers[name]
+	if len(times) == 0 {
+		return time.Time{}, false
+	}
+	return time.UnixMilli(l.Begun + slices.Max(times)), true
 }
 
 // taken is how long after a moment a server answered first. It is a failure when

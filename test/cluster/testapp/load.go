@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,6 +28,7 @@ type loader struct {
 	timeout   time.Duration // of a request
 	keepalive bool
 	post      bool
+	stop      <-chan struct{} // closed: ask no more; may be nil
 
 	dialled atomic.Int64
 }
@@ -46,8 +48,17 @@ func load(args []string) error {
 	f.BoolVar(&l.keepalive, "keepalive", true, "keep connections")
 	f.BoolVar(&l.post, "post", false, "POST, which nobody repeats, instead of GET")
 	times := f.Bool("times", false, "tell when each server answered, in JSON")
+	stdin := f.Bool("until-eof", false, "end earlier when standard input ends")
 	if err := f.Parse(args[1:]); err != nil {
 		return err
+	}
+	if *stdin {
+		stop := make(chan struct{})
+		l.stop = stop
+		go func() {
+			defer close(stop)
+			_, _ = io.Copy(io.Discard, os.Stdin) // an error is its end, too
+		}()
 	}
 	if l.workers < 1 || *seconds <= 0 || l.rate < 0 {
 		return errors.New("clients and seconds have to be more than none")
@@ -79,7 +90,11 @@ func (l *loader) run(d time.Duration) *tally {
 			// Spread over the interval, so that they do not ask all at once.
 			next := t.begun.Add(every * time.Duration(i) / time.Duration(l.workers))
 			for next.Before(end) {
-				time.Sleep(time.Until(next))
+				select {
+				case <-l.stop:
+					return
+				case <-time.After(time.Until(next)):
+				}
 				t.add(l.once(client))
 				if next = next.Add(every); next.Before(time.Now()) {
 					next = time.Now() // late: what is overdue is not made up for

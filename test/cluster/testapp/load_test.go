@@ -38,6 +38,20 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// TestLoadStopped: a load ends when it is told to, and tells the same.
+func TestLoadStopped(t *testing.T) {
+	a := &app{name: "alice"}
+	s := httptest.NewServer(a.handler())
+	defer s.Close()
+	stop := make(chan struct{})
+	l := &loader{url: s.URL + "/who", rate: 200, workers: 4, timeout: time.Second, stop: stop}
+	time.AfterFunc(100*time.Millisecond, func() { close(stop) })
+	begun := time.Now()
+	if got := l.run(time.Minute); got.Failed != 0 || got.Count == 0 || time.Since(begun) > 30*time.Second {
+		t.Errorf("after %v: %v %v", time.Since(begun), got, got.Failures)
+	}
+}
+
 // TestLoadFails: every kind of failure is counted, none ends the load.
 func TestLoadFails(t *testing.T) {
 	var n atomic.Int64
