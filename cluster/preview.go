@@ -41,7 +41,7 @@ func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
 		}
 	}
 	if ns == metav1.NamespaceSystem && !i.spec.Force {
-		return usage("--force, or another --namespace", "a preview in %s could stand in the cluster's way", ns)
+		return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("a preview in %s could stand in the cluster's way", ns), Hint: "--force, or another --namespace"}
 	}
 	there, err := c.client.Services(ns).Get(ctx, name, metav1.GetOptions{})
 	switch {

@@ -132,6 +132,16 @@ func (p *ServicePlan) refuse(hint, format string, args ...any) error {
 
 const hintForce = "--force exchanges it all the same"
 
+// unlessForced is the error for what would not be the same for callers, and a
+// note with force: what is there stands in the way, and no input is bad.
+func (p *ServicePlan) unlessForced(hint, why string) error {
+	if p.force {
+		p.note("forced: " + p.String() + " " + why)
+		return nil
+	}
+	return &api.Error{Code: api.CodeConflict, Message: p.String() + " " + why, Hint: hint + hintForce}
+}
+
 // check finds what the Service itself says against an intercept.
 func (p *ServicePlan) check() error {
 	spec := &p.below.Spec
@@ -145,7 +155,7 @@ func (p *ServicePlan) check() error {
 	case p.service.Labels[LabelManagedBy] == "culvert":
 		return p.refuse("", "is culvert's own")
 	case spec.Type == corev1.ServiceTypeExternalName:
-		return p.refuse("exchange the Service behind it, if it is one of the cluster", "is an alias of %s and has no pods", spec.ExternalName)
+		return p.refuse("exchange the Service behind it, if it is one of the cluster", "is an ExternalName, an alias of %s, and has no pods", spec.ExternalName)
 	case len(spec.Selector) == 0:
 		return p.refuse("", "has no selector: its endpoints are set by hand or by a controller, which would go on doing so")
 	case len(spec.Ports) == 0:
@@ -171,11 +181,7 @@ func (p *ServicePlan) check() error {
 	default:
 		return nil
 	}
-	if p.force {
-		p.note("forced: " + p.String() + " " + why)
-		return nil
-	}
-	return p.refuse(hintForce, "%s", why)
+	return p.unlessForced("", why)
 }
 
 func (p *ServicePlan) note(text string) { p.Notes = append(p.Notes, text) }
@@ -198,11 +204,7 @@ func (c *Cluster) checkGoverned(ctx context.Context, p *ServicePlan) error {
 		return nil
 	}
 	why := fmt.Sprintf("gives the pods of StatefulSet %s their names: %s-0.%s and the others would stop resolving", governed, governed, p.Name)
-	if p.force {
-		p.note("forced: " + p.String() + " " + why)
-		return nil
-	}
-	return p.refuse("use --mode scale, which keeps the names; "+hintForce, "%s", why)
+	return p.unlessForced("use --mode scale, which keeps the names; ", why)
 }
 
 // exchangeKinds are the words for what a target may be.
@@ -270,11 +272,7 @@ func (c *Cluster) servingService(ctx context.Context, kind, ns, name string) (*c
 	what := kind + "/" + name
 	pod, err := c.podLabels(ctx, kind, ns, name)
 	if apierrors.IsNotFound(err) {
-		return nil, &api.Error{
-			Code:    api.CodeNotFound,
-			Message: fmt.Sprintf("no %s in namespace %q", what, ns),
-			Hint:    fmt.Sprintf("`kubectl get %ss -n %s` shows what there is; --namespace names another namespace", kind, ns),
-		}
+		return nil, c.missingWorkload(ctx, []string{kindNames[kind]}, ns, name)
 	}
 	if err != nil {
 		return nil, translate(fmt.Sprintf("looking for %s in namespace %q", what, ns), err)

@@ -273,7 +273,7 @@ func TestServiceRefused(t *testing.T) {
 	}{
 		{"ExternalName", func(s *corev1.Service) {
 			s.Spec.Type, s.Spec.ExternalName, s.Spec.Selector = corev1.ServiceTypeExternalName, "db.example", nil
-		}, false, "alias of db.example"},
+		}, false, "ExternalName, an alias of db.example"},
 		{"no selector", func(s *corev1.Service) { s.Spec.Selector = nil }, false, "no selector"},
 		{"no ports", func(s *corev1.Service) { s.Spec.Ports, s.Spec.ClusterIP = nil, corev1.ClusterIPNone }, false, "no ports"},
 		{"SCTP", func(s *corev1.Service) { s.Spec.Ports[0].Protocol = corev1.ProtocolSCTP }, false, "SCTP"},
@@ -293,7 +293,11 @@ func TestServiceRefused(t *testing.T) {
 				{ObjectMeta: metav1.ObjectMeta{Name: "db"}, Spec: appsv1.StatefulSetSpec{ServiceName: "web"}},
 			}}
 			_, err := c.PlanExchange(t.Context(), "demo", "svc/web", exposed(t, "8080"), false)
-			wantError(t, err, api.CodeUsage, "demo/web", test.says)
+			code := api.CodeUsage
+			if test.forced { // it is there, and no bad input
+				code = api.CodeConflict
+			}
+			wantError(t, err, code, "demo/web", test.says)
 			plan, err := c.PlanExchange(t.Context(), "demo", "svc/web", exposed(t, "8080"), true)
 			if !test.forced {
 				wantError(t, err, api.CodeUsage, test.says)
@@ -320,7 +324,11 @@ func TestServiceReserved(t *testing.T) {
 				}
 				continue
 			}
-			wantError(t, err, api.CodeUsage, test.ns+"/"+test.name)
+			code := api.CodeUsage
+			if test.forced {
+				code = api.CodeConflict
+			}
+			wantError(t, err, code, test.ns+"/"+test.name)
 		}
 	}
 }
@@ -367,6 +375,7 @@ func TestServiceTargets(t *testing.T) {
 		"/apis/apps/v1/namespaces/demo/statefulsets/web": &appsv1.StatefulSet{Spec: appsv1.StatefulSetSpec{Template: template}},
 		"/apis/apps/v1/namespaces/demo/replicasets/web":  &appsv1.ReplicaSet{Spec: appsv1.ReplicaSetSpec{Template: template}},
 		"/apis/apps/v1/namespaces/demo/deployments/job":  &appsv1.Deployment{},
+		"/apis/apps/v1/namespaces/demo/deployments":      &appsv1.DeploymentList{Items: []appsv1.Deployment{{ObjectMeta: metav1.ObjectMeta{Name: "web"}}}},
 		"/api/v1/namespaces/demo/pods/web-1":             &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: labels}},
 	} {
 		s.others[path] = o
@@ -384,7 +393,8 @@ func TestServiceTargets(t *testing.T) {
 		"a/b/c":         {api.CodeUsage, "a/b/c"},
 		"wbe":           {api.CodeNotFound, `did you mean "web"`},
 		"zzzzzzzzzz":    {api.CodeNotFound, "it has odd, web"},
-		"deploy/none":   {api.CodeNotFound, "no deployment/none"},
+		"deploy/none":   {api.CodeNotFound, `no Deployment "none"`},
+		"deploy/wbe":    {api.CodeNotFound, "did you mean deployment/web?"},
 		"deploy/job":    {api.CodeNotFound, "--mode scale"},
 	} {
 		_, err := c.PlanExchange(t.Context(), "", target, expose, false)

@@ -76,7 +76,12 @@ func (s *server) leave(w http.ResponseWriter, r *http.Request) {
 	}
 	list := s.sup.selected(who, req.ID, req.Context)
 	if len(list) == 0 {
-		refuse(w, notFound(req.ID, req.Context))
+		e := notFound(req.ID, req.Context)
+		if req.Service != "" {
+			e.Message += fmt.Sprintf(", so none that intercepts %q", req.Service)
+			e.Hint = "culvert recover " + req.Service + " undoes what a session left that is gone"
+		}
+		refuse(w, e)
 		return
 	}
 	out := newStream(w)

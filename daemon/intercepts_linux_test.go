@@ -119,6 +119,19 @@ func TestIntercepts(t *testing.T) {
 	}
 }
 
+// Without a session nothing can be left, but recovered.
+func TestLeaveAlone(t *testing.T) {
+	c := testDaemon(t)
+	_, err := c.Leave(t.Context(), api.LeaveRequest{Service: "shop"}, nil)
+	if e := asAPI(err); e.Code != api.CodeNotFound || !strings.Contains(e.Message, `"shop"`) || !strings.Contains(e.Hint, "culvert recover shop") {
+		t.Errorf("without a session: %+v", e)
+	}
+	_, err = c.Leave(t.Context(), api.LeaveRequest{All: true}, nil)
+	if e := asAPI(err); e.Code != api.CodeNotFound || e.Hint != "culvert connect" {
+		t.Errorf("all, without a session: %+v", e)
+	}
+}
+
 // Whoever goes away while an intercept starts cancels it.
 func TestInterceptCancelled(t *testing.T) {
 	os.Remove("/run/home/alice/cancelled")

@@ -223,7 +223,7 @@ const (
 	CodeNamespace   = "namespace"   // missing, quota, PodSecurity
 	CodeImage       = "image"       // cannot be pulled
 	CodeAgent       = "agent"       // pod did not become ready, version mismatch
-	CodeConflict    = "conflict"    // a range collides with something local
+	CodeConflict    = "conflict"    // a range collides with something local; --force is needed
 	CodeExists      = "exists"      // second connect to the same cluster
 	CodeNotFound    = "not found"   // no such session
 	CodeDenied      = "denied"      // caller not allowed
