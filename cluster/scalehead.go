@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -87,8 +88,27 @@ func (h *scaleHead) lead(ctx context.Context, i *Intercept, _ []intercept.Route)
 		return nil // resumed: it was scaled down then
 	}
 	held := i.spec.Holder
-	return h.c.ScaleDown(ctx, h.plan, ScaleRecord{Session: held.Session, User: held.User, Origin: held.Origin, Since: held.Since, Gate: i.Gate})
+	if err := h.c.ScaleDown(ctx, h.plan, ScaleRecord{Session: held.Session, User: held.User, Origin: held.Origin, Since: held.Since, Gate: i.Gate}); err != nil {
+		return err
+	}
+	// Traffic comes here alone when the old pods are out of it, which is not waited
+	// for much longer than it usually takes.
+	for end := time.Now().Add(endedTime); time.Now().Before(end); {
+		o, err := h.c.scaledObject(ctx, h.plan.Kind, h.plan.Namespace, h.plan.Name)
+		if err != nil || o.ready == 0 && o.observed >= o.meta.Generation {
+			return translate("looking at "+h.service(), err)
+		}
+		select {
+		case <-time.After(pollGone / 2):
+		case <-ctx.Done():
+			return translate("waiting for the pods of "+h.service()+" to end", ctx.Err())
+		}
+	}
+	return nil
 }
+
+// endedTime is how long replaced pods may take to be out of the traffic.
+const endedTime = 5 * time.Second
 
 func (h *scaleHead) led(ctx context.Context, i *Intercept) (bool, error) {
 	o, err := h.c.scaledObject(ctx, h.plan.Kind, i.spec.Namespace, h.plan.Name)

@@ -78,6 +78,9 @@ func plainObject(o map[string]any) (string, map[string]any) {
 		delete(meta, field)
 	}
 	delete(o, "status")
+	if kind == "Lease" { // of a session that lives: it is renewed all the time
+		delete(o["spec"].(map[string]any), "renewTime")
+	}
 	var managers []any
 	all, _ := meta["managedFields"].([]any)
 	for _, m := range all {
