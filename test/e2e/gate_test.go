@@ -61,69 +61,17 @@ func TestGateLoss(t *testing.T) {
 			t.Errorf("disruption budgets of pods: %s", got)
 		}
 	})
-	for _, c := range []struct {
-		name string
-		do   func(*testing.T)
-		// killed: it is gone without a word, so requests on what was open fail, and,
-		// until the cluster notices, on what is sent to it.
-		killed bool
-		origin bool // may answer meanwhile
-	}{
-		{name: "gate deleted", do: func(t *testing.T) {
-			kubectl(t, "-n", "shop", "delete", "pod", twoGates(t)[0], "--wait=false")
-		}},
-		{name: "gate evicted", do: func(t *testing.T) { evict(t, "shop", twoGates(t)[0]) }},
-		{name: "node drained", do: func(t *testing.T) {
-			node := words(t, "-n", "shop", "get", "pod", twoGates(t)[0], "-o", "jsonpath={.spec.nodeName}")[0]
-			t.Cleanup(func() { kubectl(t, "uncordon", node) })
-			kubectl(t, "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector=app.kubernetes.io/name=culvert-gate", "--timeout=30s")
-		}},
-		{name: "agent evicted", origin: true, do: func(t *testing.T) {
-			s := status(t, netlab.Alice)[0]
-			evict(t, s.Agent.Namespace, s.Agent.Pod)
-		}},
-		{name: "agent killed", origin: true, killed: true, do: func(t *testing.T) { killAgent(t, status(t, netlab.Alice)[0]) }},
-		{name: "gate killed", killed: true, do: func(t *testing.T) { killPod(t, "shop", twoGates(t)[0]) }},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			twoGates(t)
-			url, d := "http://"+cartPort(t, 80)+"/who", 7*time.Second
-			loads := []*loading{
-				startLoad(t, "node1", url, d),
-				startLoad(t, "node2", url, d, "--post", "--rate", "100"),
-				startLoad(t, "node2", url, d, "--keepalive=false"),
-			}
-			time.Sleep(1500 * time.Millisecond)
-			begun := time.Now()
-			c.do(t)
-			done := time.Now()
-			for _, l := range loads {
-				got := l.wait(t)
-				if c.killed {
-					killedOne(t, got, begun, done)
-				} else {
-					got.none(t)
-				}
-				if origin, ok := got.at("cart-*", begun); ok {
-					t.Logf("the origin served from %v on", origin.Sub(begun))
-					if !c.origin {
-						t.Errorf("the origin served although the machine was there")
-					}
-					got.taken(t, "the machine again", "alice", origin, 6*time.Second)
-				}
-			}
-			waitState(t, netlab.Alice, api.Connected, 20*time.Second)
-			answeredBy(t, "alice", 10*time.Second)
-			kubectl(t, "uncordon", "node1", "node2")
-		})
-	}
+	// First, while neither gate was ever killed: a container that is killed again
+	// waits for 10 s.
 	t.Run("gates killed while the machine sleeps", func(t *testing.T) {
 		pods := twoGates(t)
 		link(t, "--cut", "on")
 		for _, g := range pods {
 			killPod(t, "shop", g)
 		}
-		time.Sleep(500 * time.Millisecond)
+		for _, g := range pods {
+			restarted(t, g)
+		}
 		for _, g := range twoGates(t) {
 			if !slices.Contains(pods, g) {
 				t.Errorf("the pod %s is another than before", g)
@@ -138,44 +86,114 @@ func TestGateLoss(t *testing.T) {
 		link(t, "--cut", "off")
 		answeredBy(t, "alice", 10*time.Second)
 	})
+	agentPod := func(t *testing.T) (namespace, pod string) {
+		t.Helper()
+		s := status(t, netlab.Alice)[0]
+		return s.Agent.Namespace, s.Agent.Pod
+	}
+	for _, c := range []struct {
+		name string
+		do   func(*testing.T) // and waits until it is over
+		// killed: it is gone without a word, so requests on what was open fail, and,
+		// until the cluster notices, on what is sent to it.
+		killed bool
+		origin bool // may answer meanwhile
+	}{
+		{name: "gate evicted", do: func(t *testing.T) {
+			evict(t, "shop", twoGates(t)[0])
+			twoGates(t)
+		}},
+		{name: "agent evicted", origin: true, do: func(t *testing.T) {
+			namespace, pod := agentPod(t)
+			evict(t, namespace, pod)
+			kubectl(t, "-n", namespace, "wait", "--for=delete", "pod/"+pod, "--timeout=30s")
+		}},
+		{name: "node drained of agent and gate", origin: true, do: func(t *testing.T) {
+			node := status(t, netlab.Alice)[0].Agent.Node
+			t.Cleanup(func() { kubectl(t, "uncordon", node) })
+			kubectl(t, "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector=app.kubernetes.io/managed-by=culvert", "--timeout=30s")
+		}},
+		{name: "agent killed", origin: true, killed: true, do: func(t *testing.T) { killAgent(t, status(t, netlab.Alice)[0]) }},
+		{name: "gate killed", killed: true, do: func(t *testing.T) { killPod(t, "shop", twoGates(t)[0]) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			twoGates(t)
+			url, most := "http://"+cartPort(t, 80)+"/who", time.Minute
+			loads := []*loading{
+				startLoad(t, "node1", url, most),
+				startLoad(t, "node2", url, most, "--post", "--rate", "100"),
+				startLoad(t, "node2", url, most, "--keepalive=false"),
+			}
+			time.Sleep(time.Second)
+			begun := time.Now()
+			c.do(t)
+			done := time.Now()
+			if c.killed {
+				time.Sleep(notice)
+			}
+			answeredBy(t, "alice", 20*time.Second)
+			time.Sleep(500 * time.Millisecond)
+			for _, l := range loads {
+				got := l.stop(t)
+				if c.killed {
+					killedOne(t, got, begun, done)
+				} else {
+					got.none(t)
+				}
+				origin, ok := got.at("cart-*", begun)
+				if !ok {
+					continue
+				}
+				t.Logf("the origin served from %v on", origin.Sub(begun))
+				if !c.origin {
+					t.Errorf("the origin served although the machine was there")
+				}
+				if l == loads[2] { // what is kept stays with the origin
+					away := got.pause("alice", begun)
+					t.Logf("the machine answered nothing for %v", away)
+					if away > 6*time.Second {
+						t.Errorf("%s: the machine answered nothing for %v", c.name, away)
+					}
+				}
+			}
+			waitState(t, netlab.Alice, api.Connected, 20*time.Second)
+		})
+	}
 }
 
-// killedOne wants that what failed was on an open connection, or was sent to a
+// notice is how long it may take until every node knows that a process is dead:
+// the kubelet sees it within a second, and then so does each node's kube-proxy.
+const notice = 2 * time.Second
+
+// restarted waits until the only container of a pod of the shop was started again.
+func restarted(t *testing.T, pod string) {
+	t.Helper()
+	eventually(t, 30*time.Second, func() error {
+		if n := kubectl(t, "-n", "shop", "get", "pod", pod, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"); n == "0" {
+			return fmt.Errorf("%s was started once", pod)
+		}
+		return nil
+	})
+}
+
+// killedOne wants that what failed was on an open connection, or was refused by a
 // process that was dead before the cluster could know.
 func killedOne(t *testing.T, got loaded, begun, done time.Time) {
 	t.Helper()
-	const notice = 2 * time.Second // the kubelet sees it, and so does each node's kube-proxy
-	open := 0
+	open, refused := 0, time.Duration(0)
 	for _, f := range got.Failures {
 		switch at := time.UnixMilli(f.At); {
+		case f.Kind == "refused" && at.Before(done.Add(notice)):
+			refused = max(refused, at.Sub(begun))
 		case f.Reused || at.Before(done):
 			open++
-		case f.Kind != "refused" || at.After(done.Add(notice)):
+		default:
 			t.Errorf("%v after the kill a request failed: %+v", at.Sub(done), f)
 			return
 		}
 	}
-	t.Logf("of %d failures %d were on open connections", got.Failed, open)
+	t.Logf("of %d failures %d were on open connections; refused until %v after the kill began, which took %v", got.Failed, open, refused, done.Sub(begun))
 	if open > loadClients {
 		t.Errorf("%d failures on open connections, of which there were %d", open, loadClients)
 	}
-}
-
-// TestNodeDrained: a node is drained that holds the agent and a gate: not one
-// request fails.
-func TestNodeDrained(t *testing.T) {
-	unchangedShop(t)
-	alice := aliceAt(t)
-	alice.connect(t)
-	alice.serve(t, "127.0.0.1")
-	alice.intercept(t, exchangeCart...)
-	node := status(t, netlab.Alice)[0].Agent.Node
-	load := startLoad(t, "node1", "http://"+cartPort(t, 80)+"/who", 8*time.Second, "--keepalive=false")
-	time.Sleep(time.Second)
-	t.Cleanup(func() { kubectl(t, "uncordon", node) })
-	// Gate and agent at once.
-	kubectl(t, "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--pod-selector=app.kubernetes.io/managed-by=culvert", "--timeout=30s")
-	load.wait(t).none(t)
-	kubectl(t, "uncordon", node)
-	answeredBy(t, "alice", 15*time.Second)
 }

@@ -113,6 +113,18 @@ func (l loaded) at(name string, after time.Time) (time.Time, bool) {
 	return time.UnixMilli(l.Begun + first), first >= 0
 }
 
+// pause is the longest time after a moment for which a server answered nothing.
+func (l loaded) pause(name string, after time.Time) (longest time.Duration) {
+	from := after.UnixMilli() - l.Begun
+	for _, ms := range slices.Sorted(slices.Values(l.Answers[name])) {
+		if ms > from {
+			longest = max(longest, time.Duration(ms-from)*time.Millisecond)
+			from = ms
+		}
+	}
+	return longest
+}
+
 // last is when a server answered last.
 func (l loaded) last(name string) (time.Time, bool) {
 	times := l.Answers[name]

@@ -61,12 +61,13 @@ func killAgent(t *testing.T, s api.Session) {
 	killPod(t, s.Agent.Namespace, s.Agent.Pod)
 }
 
-// killPod is kill -9 of a culvert-agent's process, in whatever role; its pod stays.
+// killPod is kill -9 of a culvert-agent's process, in whatever role, and waits until
+// it is dead; its pod stays.
 func killPod(t *testing.T, namespace, pod string) {
 	t.Helper()
 	f := words(t, "-n", namespace, "get", "pod", pod, "-o", "jsonpath={.metadata.uid} {.spec.nodeName}")
 	r := lab.Cluster("exec", "--inside", f[1], "--", "sh", "-c", fmt.Sprintf(
-		`for p in $(pgrep -x culvert-agent); do if grep -q %q /proc/$p/cgroup; then kill -9 $p && echo killed; fi; done`, f[0]))
+		`for p in $(pgrep -x culvert-agent); do if grep -q %q /proc/$p/cgroup; then kill -9 $p && echo killed; while kill -0 $p 2>/dev/null; do sleep 0.01; done; fi; done`, f[0]))
 	if !strings.Contains(r.Stdout, "killed") {
 		t.Fatalf("finding the process of %s: %v", pod, r)
 	}
