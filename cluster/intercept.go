@@ -74,6 +74,8 @@ type head interface {
 }
 
 // The steps of Start and Undo, in order. Tests end a session at each of them.
+// StepActive and StepLeaseDeleted are the session's own: the intercept is noted as one
+// that goes on, and the session's last one in the namespace is over.
 const (
 	StepLease  = "lease"
 	StepEntry  = "entry"
@@ -245,11 +247,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		}
 	}
 	reached(StepSwitch)
-	if err := i.head.lead(ctx, i, routes); err != nil {
-		return err
-	}
-	reached(StepActive)
-	return nil
+	return i.head.lead(ctx, i, routes)
 }
 
 // enter adds the entry, unless somebody else's is there. Ports that it had before

@@ -27,18 +27,28 @@ type previewHead struct {
 	list []PlanPort
 }
 
+// CheckPreview finds what is wrong with the name of a preview, and with its host if
+// it has one, without a cluster. The error is an *api.Error with CodeUsage.
+func CheckPreview(name, host string) error {
+	if bad := validation.IsDNS1035Label(name); len(bad) > 0 {
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%q is no name for a Service: %s", name, bad[0]), Hint: "give a short name such as tomcat-v2"}
+	}
+	if host == "" {
+		return nil
+	}
+	if bad := validation.IsDNS1123Subdomain(host); len(bad) > 0 {
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("--host %q is no host name: %s", host, bad[0]), Hint: "--host tomcat.example.com"}
+	}
+	return nil
+}
+
 func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
 	name, ns := i.spec.Target, i.spec.Namespace
 	usage := func(hint, format string, args ...any) error {
 		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf(format, args...), Hint: hint}
 	}
-	if bad := validation.IsDNS1035Label(name); len(bad) > 0 {
-		return usage("give a short name such as tomcat-v2", "%q is no name for a Service: %s", name, bad[0])
-	}
-	if i.spec.Host != "" {
-		if bad := validation.IsDNS1123Subdomain(i.spec.Host); len(bad) > 0 {
-			return usage("--host tomcat.example.com", "--host %q is no host name: %s", i.spec.Host, bad[0])
-		}
+	if err := CheckPreview(name, i.spec.Host); err != nil {
+		return err
 	}
 	if ns == metav1.NamespaceSystem && !i.spec.Force {
 		return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("a preview in %s could stand in the cluster's way", ns), Hint: "--force, or another --namespace"}

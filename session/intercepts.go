@@ -79,6 +79,22 @@ func (i *intercepted) means(req api.LeaveRequest) bool {
 	return i.Service == service || i.Key == service || i.Request.Target == req.Service
 }
 
+// portsOf are the ports of an expose that a request names, and the others. Only
+// their intercept has them one by one: others end as a whole.
+func (i *intercepted) portsOf(req api.LeaveRequest) (left, stay []api.InterceptPort) {
+	if req.All || i.Request.Kind != api.KindExpose {
+		return i.Ports, nil
+	}
+	for _, p := range i.Ports {
+		if req.Service == strconv.Itoa(p.Port) {
+			left = append(left, p)
+		} else {
+			stay = append(stay, p)
+		}
+	}
+	return left, stay
+}
+
 // saved is what of an intercept outlives the process: in the daemon's memory and
 // in the user's journal.
 type saved struct {
@@ -215,7 +231,9 @@ func (x *intercepts) drop(ctx context.Context, i *intercepted) error {
 	return errors.Join(append(trouble, x.save(ctx))...)
 }
 
-// save writes what would be needed if this process, or the machine, ended now.
+// save writes what would be needed if this process, or the machine, ended now. Once
+// there was something, journal and record stay until the session's end (forget): they
+// tell of its agent and its Lease, too.
 func (x *intercepts) save(ctx context.Context) error {
 	s := x.session
 	x.mu.Lock()
@@ -225,6 +243,9 @@ func (x *intercepts) save(ctx context.Context) error {
 	}
 	kept := x.kept
 	x.mu.Unlock()
+	if len(list) == 0 && !kept {
+		return nil
+	}
 	slices.SortFunc(list, func(a, b saved) int { return cmp.Compare(a.ID, b.ID) })
 	if err := s.writeJournal(list); err != nil {
 		return err
@@ -232,14 +253,33 @@ func (x *intercepts) save(ctx context.Context) error {
 	if err := s.remember(ctx, func(r *remembered) { r.Intercepts = list }); err != nil {
 		return err
 	}
-	if some := len(list) > 0; some != kept {
-		if _, err := s.conn.Call(ctx, link.MethodKeep, some, nil); err != nil {
-			return fmt.Errorf("having the daemon know of intercepts: %w", err)
-		}
-		x.mu.Lock()
-		x.kept = some
-		x.mu.Unlock()
+	if kept {
+		return nil
 	}
+	return x.keepRecord(ctx, true)
+}
+
+// forget ends journal and record: nothing is left in the cluster.
+func (x *intercepts) forget(ctx context.Context) error {
+	x.mu.Lock()
+	kept := x.kept
+	x.mu.Unlock()
+	if !kept && x.session.start.Restart == 0 {
+		return nil
+	}
+	if err := x.session.journal().remove(); err != nil {
+		return err
+	}
+	return x.keepRecord(ctx, false)
+}
+
+func (x *intercepts) keepRecord(ctx context.Context, keep bool) error {
+	if _, err := x.session.conn.Call(ctx, link.MethodKeep, keep, nil); err != nil {
+		return fmt.Errorf("having the daemon know of intercepts: %w", err)
+	}
+	x.mu.Lock()
+	x.kept = keep
+	x.mu.Unlock()
 	return nil
 }
 

@@ -45,12 +45,9 @@ func (s *Session) journal() journal {
 	return journal{path: filepath.Join(dir, "sessions", s.id+".json")}
 }
 
-// write replaces the journal; without intercepts it is removed.
+// writeJournal replaces the journal.
 func (s *Session) writeJournal(list []saved) error {
 	j := s.journal()
-	if len(list) == 0 {
-		return j.remove()
-	}
 	e := journalEntry{Session: s.id, Agent: s.recall().Agent, Intercepts: list}
 	if s.cluster != nil {
 		e.Context = s.cluster.Context()

@@ -188,7 +188,16 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 	for _, i := range ours {
 		x.mu.Lock()
 		view := x.viewLocked(i)
+		left, stay := i.portsOf(req)
 		x.mu.Unlock()
+		if len(stay) > 0 {
+			view.Ports = left
+			if err := x.leavePorts(ctx, i, left, stay); err != nil {
+				return ended, err
+			}
+			ended = append(ended, view)
+			continue
+		}
 		if err := x.stop(ctx, i, req.Drain, say); err != nil {
 			return ended, err
 		}
@@ -198,6 +207,18 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 		x.session.log.Warn("deleting a heartbeat", "err", err)
 	}
 	return ended, nil
+}
+
+// leavePorts closes some of the agent's ports that were opened together.
+func (x *intercepts) leavePorts(ctx context.Context, i *intercepted, left, stay []api.InterceptPort) error {
+	x.mu.Lock()
+	i.Ports = stay
+	x.mu.Unlock()
+	trouble := []error{x.save(ctx), x.applyExposed(ctx)}
+	for _, p := range left {
+		trouble = append(trouble, x.session.inbound.Remove(targetID(i.ID, p)))
+	}
+	return errors.Join(trouble...)
 }
 
 // stop ends one intercept.

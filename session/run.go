@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/daemon/link"
 	"github.com/culvert-dev/culvert/internal/cores"
@@ -155,16 +156,28 @@ func (s *Session) end(err error) {
 	s.waitLoops(loopsTime)
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
 	defer cancel()
-	if s.recall().Heartbeat && s.cluster != nil {
-		if e := s.cluster.DeleteLease(ctx, s.cluster.Namespace(), s.id); e != nil {
-			s.log.Warn("deleting the heartbeat", "err", e)
-		}
-	}
+	undone := true
 	if e := s.removeAgent(ctx); e != nil {
+		undone = false
 		s.log.Warn("removing the agent", "err", e)
 		s.status.update(func(st *api.Session) {
 			st.Notes = append(st.Notes, "the agent could not be removed: "+e.Error())
 		})
+	}
+	// Last, since without it the agent looks dead to everybody.
+	if s.recall().Heartbeat && s.cluster != nil {
+		s.reached(cluster.StepLeaseDeleted)
+		if e := s.cluster.DeleteLease(ctx, s.cluster.Namespace(), s.id); e != nil {
+			undone = false
+			s.log.Warn("deleting the heartbeat", "err", e)
+		}
+	}
+	// What could not be undone, or was not taken up again yet, the daemon has another
+	// process undo.
+	if undone && len(s.recall().Intercepts) == 0 {
+		if e := s.intercepts.forget(ctx); e != nil {
+			s.log.Info("forgetting what was undone", "err", e)
+		}
 	}
 	s.close()
 	s.status.update(func(st *api.Session) {

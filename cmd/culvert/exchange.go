@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
 )
 
@@ -61,7 +62,7 @@ func (f *interceptFlags) checkExchange(name string) error {
 	switch f.req.Mode {
 	case api.ModeSelector, api.ModeScale:
 	case "ephemeral":
-		return usageErrorf("leave --mode out for clients that use the Service, or use --mode scale for clients that use pod IPs",
+		return usageErrorf("use --mode selector, which is the default, for clients that use the Service, or --mode scale for clients that use pod IPs",
 			"--mode ephemeral puts a container into the pods of others, which culvert does not do")
 	default:
 		return usageErrorf("selector or scale", "--mode %q is unknown", f.req.Mode)
@@ -103,6 +104,9 @@ culvert preview api-next --expose 3000:80 --host api-next.example.com --ingress-
 				return usageErrorf(a.name+" preview "+args[0]+" --expose 8080", "no --expose: which local port shall answer?")
 			case f.req.IngressClass != "" && f.req.Host == "":
 				return usageErrorf("--host NAME", "--ingress-class goes with --host")
+			}
+			if err := cluster.CheckPreview(args[0], f.req.Host); err != nil {
+				return err
 			}
 			return f.run(cmd.Context(), a)
 		},

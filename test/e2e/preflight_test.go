@@ -47,7 +47,6 @@ func exchangeOf(service string, more ...string) []string {
 func TestBadIntercepts(t *testing.T) {
 	unchangedShop(t)
 	alice := aliceAt(t)
-	admin := []string{"--kubeconfig", kubeconfig(t, "", "admin")}
 	for _, r := range []refused{
 		{name: "no ports", args: []string{"exchange", "cart"}, code: 2, words: []string{"--expose"}},
 		{name: "no Service", args: []string{"exchange", "--expose", "8080"}, code: 2},
@@ -61,23 +60,33 @@ func TestBadIntercepts(t *testing.T) {
 		{name: "preview without a name", args: []string{"preview", "--expose", "8080"}, code: 2},
 		{name: "preview with a bad name", args: []string{"preview", "Cart_2", "--expose", "8080"}, code: 2, words: []string{"Cart_2"}},
 		{name: "expose of nothing", args: []string{"expose"}, code: 2},
-		{name: "leave without a session", args: []string{"leave", "cart"}, code: 1, words: []string{"cart"}},
+		{name: "leave without a session", args: []string{"leave", "cart"}, code: 1, words: []string{`"cart"`, "culvert recover cart"}},
 	} {
 		t.Run(r.name, func(t *testing.T) { r.check(t, alice) })
 	}
 	alice.connect(t)
+	// It is not for want of rights that these two are refused.
+	for _, ns := range []string{"default", "kube-system"} {
+		apply(t, `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: culvert-intercept, namespace: `+ns+`}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: culvert-intercept}
+subjects: [{kind: Group, name: developers, apiGroup: rbac.authorization.k8s.io}]
+`)
+	}
 	for _, r := range []refused{
 		{name: "missing Service", args: exchangeOf("crat"), code: 1, words: []string{"crat", "cart", "shop"}},
 		{name: "missing Deployment", args: exchangeOf("deployment/crat"), code: 1, words: []string{"crat", "cart"}},
 		{name: "unknown kind", args: exchangeOf("cronjob/cart"), code: 2, words: []string{"cronjob"}},
-		{name: "ExternalName", args: exchangeOf("outside"), code: 1, words: []string{"outside", "ExternalName"}},
-		{name: "no selector", args: exchangeOf("manual"), code: 1, words: []string{"manual", "selector"}},
-		{name: "no such port", args: []string{"exchange", "cart", "--expose", "8080:81"}, code: 1, words: []string{"81", "80", "http"}},
-		{name: "port and targetPort", args: []string{"exchange", "twins", "--expose", "8080:9000"}, code: 1, words: []string{"9000", "one", "other"}},
-		{name: "another protocol", args: []string{"exchange", "cart", "--expose", "8080:http/udp"}, code: 1, words: []string{"udp", "tcp", "http"}},
+		{name: "ExternalName", args: exchangeOf("outside"), code: 2, words: []string{"outside", "ExternalName"}},
+		{name: "no selector", args: exchangeOf("manual"), code: 2, words: []string{"manual", "selector"}},
+		{name: "no such port", args: []string{"exchange", "cart", "--expose", "8080:81"}, code: 2, words: []string{"81", "80", "http"}},
+		{name: "port and targetPort", args: []string{"exchange", "twins", "--expose", "8080:9000"}, code: 2, words: []string{"9000", "one", "other"}},
+		{name: "another protocol", args: []string{"exchange", "cart", "--expose", "8080:http/udp"}, code: 2, words: []string{"udp", "tcp", "http"}},
 		{name: "one port twice", args: []string{"exchange", "cart", "--expose", "8080:80,8081:http"}, code: 2, words: []string{"80"}},
-		{name: "the API server", args: exchangeOf("kubernetes", append(admin, "-n", "default")...), code: 1, words: []string{"kubernetes", "default"}},
-		{name: "kube-system", args: []string{"exchange", "kube-dns", "--expose", "5300:53/udp", "-n", "kube-system"}, code: 1, words: []string{"kube-system"}},
+		{name: "the API server", args: exchangeOf("kubernetes", "-n", "default"), code: 2, words: []string{"kubernetes", "default"}},
+		{name: "kube-system", args: []string{"exchange", "kube-dns", "--expose", "5300:53/udp", "-n", "kube-system"}, code: 1, words: []string{"kube-system", "--force"}},
 		{name: "leave of what is not intercepted", args: []string{"leave", "cart"}, code: 1, words: []string{"cart"}},
 		{name: "recover of what is missing", args: []string{"recover", "crat"}, code: 1, words: []string{"crat"}},
 		{name: "environment of what is missing", args: []string{"env", "deployment/crat"}, code: 1, words: []string{"crat", "cart"}},
@@ -114,7 +123,7 @@ subjects: [{kind: User, name: limited, apiGroup: rbac.authorization.k8s.io}]
 	unchangedShop(t)
 	alice := aliceAt(t)
 	limited := []string{"--kubeconfig", kubeconfig(t, "", "limited")}
-	refused{args: append(exchangeOf("cart"), limited...), code: 1, words: []string{"services", "shop", "update"}}.check(t, alice)
+	refused{args: append(exchangeOf("cart"), limited...), code: 1, words: []string{"get configmaps", "shop", "culvert-intercept"}}.check(t, alice)
 	refused{args: append([]string{"preview", "next", "--expose", "8080"}, limited...), code: 1, words: []string{"shop"}}.check(t, alice)
 	refused{args: append([]string{"env", "deployment/cart"}, limited...), code: 1, words: []string{"configmaps"}}.check(t, alice)
 	lab.Culvert(netlab.Alice, "disconnect") // where a session was made for it

@@ -27,7 +27,9 @@ func TestHeadless(t *testing.T) {
 	alice.connect(t)
 	local := alice.serve(t, "127.0.0.1")
 	before := headlessIPs(t, "stock")
-	alice.intercept(t, "exchange", "stock", "--expose", "8080:http")
+	// It gives a StatefulSet's pods their names, which nobody should lose unawares.
+	refused{args: []string{"exchange", "stock", "--expose", "8080:http"}, code: 1, words: []string{"stock-0.stock", "--mode scale", "--force"}}.check(t, alice)
+	alice.intercept(t, "exchange", "stock", "--expose", "8080:http", "--force")
 	eventually(t, 15*time.Second, func() error { // what was looked up is kept by the cluster DNS for some seconds
 		for _, ip := range headlessIPs(t, "stock") {
 			for _, old := range before {
