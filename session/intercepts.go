@@ -190,6 +190,13 @@ func (x *intercepts) list() []api.Intercept {
 	return list
 }
 
+// some tells whether there are any.
+func (x *intercepts) some() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.all) > 0
+}
+
 func (x *intercepts) viewLocked(i *intercepted) api.Intercept {
 	v := api.Intercept{Session: x.session.id, Kind: i.Request.Kind, Mode: i.Request.Mode, Namespace: i.Namespace, Service: i.Service,
 		Ports: slices.Clone(i.Ports), Since: i.Since, State: i.state, Cause: i.cause, Addresses: slices.Clone(i.at), Notes: slices.Clone(i.notes)}

@@ -141,6 +141,9 @@ func (s *Session) end(err error) {
 	}
 	s.status.update(func(st *api.Session) {
 		st.State, st.Step, st.Cause = api.Disconnecting, "removing the agent", ""
+		if s.intercepts.some() {
+			st.Step = "giving Services back to their pods"
+		}
 	})
 	if s.cluster != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), undoTime)

@@ -134,9 +134,14 @@ func (a *app) sessionFor(ctx context.Context, o *optionFlags, check func(context
 	if err != nil {
 		return s, false, cancelled(err)
 	}
-	t, err := newTarget(opts, c.env, c.home)
+	var t *target
+	if c.sudo { // neither kubeconfig nor plugin is root's to touch
+		t, err = a.login(ctx, c, opts)
+	} else {
+		t, err = newTarget(opts, c.env, c.home)
+	}
 	if err != nil && len(all) == 0 {
-		return s, false, err
+		return s, false, cancelled(err)
 	}
 	// Without --context and --kubeconfig the only session is meant, whatever the
 	// kubeconfig's current context is by now.

@@ -43,7 +43,10 @@ culvert status -o json`),
 			if err != nil {
 				return err
 			}
-			return a.printSessions(a.out, sessions, wide, time.Now())
+			if err := a.printSessions(a.out, sessions, wide, time.Now()); err != nil || a.json() {
+				return err
+			}
+			return a.printIntercepts(cmd.Context(), client)
 		},
 	}
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show every change until Ctrl-C")
@@ -98,6 +101,38 @@ func (a *app) printSessions(w io.Writer, sessions []api.Session, wide bool, now 
 	if wide {
 		for _, s := range sessions {
 			printSession(w, s)
+		}
+	}
+	return nil
+}
+
+// printIntercepts adds what traffic comes here, and why some does not any more.
+func (a *app) printIntercepts(ctx context.Context, client *api.Client) error {
+	all, err := client.Intercepts(ctx)
+	if err != nil || len(all) == 0 {
+		return err
+	}
+	t := newTable(a.out)
+	t.row("INTERCEPT", "STATE", "FOR", "PORTS", "DETAIL")
+	for _, i := range all {
+		var ports []string
+		for _, p := range i.Ports {
+			text := fmt.Sprintf("%d/%s -> localhost:%d", p.Port, p.Protocol, p.Local)
+			if !p.Listening {
+				text += " (nothing listens)"
+			}
+			ports = append(ports, text)
+		}
+		name := i.Kind + " " + i.Service
+		if i.Service == "" {
+			name = i.Kind + " " + strings.Join(i.Addresses, " ")
+		}
+		t.row(name, i.State, took(time.Since(i.Since)), strings.Join(ports, ", "), i.Cause)
+	}
+	t.flush()
+	for _, i := range all {
+		for _, n := range i.Notes {
+			fmt.Fprintf(a.out, "note: %s: %s\n", printable(or(i.Service, i.Kind)), printable(n))
 		}
 	}
 	return nil
