@@ -46,7 +46,8 @@ culvert status -o json`),
 			if err := a.printSessions(a.out, sessions, wide, time.Now()); err != nil || a.json() {
 				return err
 			}
-			return a.printIntercepts(cmd.Context(), client)
+			a.printIntercepts(cmd.Context(), client)
+			return nil
 		},
 	}
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show every change until Ctrl-C")
@@ -106,11 +107,12 @@ func (a *app) printSessions(w io.Writer, sessions []api.Session, wide bool, now 
 	return nil
 }
 
-// printIntercepts adds what traffic comes here, and why some does not any more.
-func (a *app) printIntercepts(ctx context.Context, client *api.Client) error {
+// printIntercepts adds what traffic comes here, and why some does not any more. A
+// daemon that is older than this program knows of none.
+func (a *app) printIntercepts(ctx context.Context, client *api.Client) {
 	all, err := client.Intercepts(ctx)
 	if err != nil || len(all) == 0 {
-		return err
+		return
 	}
 	t := newTable(a.out)
 	t.row("INTERCEPT", "STATE", "FOR", "PORTS", "DETAIL")
@@ -135,7 +137,6 @@ func (a *app) printIntercepts(ctx context.Context, client *api.Client) error {
 			fmt.Fprintf(a.out, "note: %s: %s\n", printable(or(i.Service, i.Kind)), printable(n))
 		}
 	}
-	return nil
 }
 
 // detail is why a session is in its state.
