@@ -1,9 +1,12 @@
 package gate
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"net"
+	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/wire/intercept"
@@ -13,18 +16,25 @@ import (
 // the origin's own address comes after them, and a client waits.
 const backendTime, backendsTime = time.Second, 2 * time.Second
 
-// dialOrigin connects to what served a route before.
+// dialOrigin connects to what served a route before. Where pods stand in for an origin
+// that the nodes do not know yet, which refuses then, the error is what is wrong with
+// the pods.
 func dialOrigin(ctx context.Context, d net.Dialer, r intercept.Route) (*net.TCPConn, error) {
 	pod := d
 	pod.Timeout, pod.Deadline = min(d.Timeout, backendTime), time.Now().Add(min(d.Timeout, backendsTime))
+	var wrong error
 	for _, k := range rand.Perm(len(r.Backends)) {
-		if c, err := pod.DialContext(ctx, "tcp", r.Backends[k]); err == nil {
+		c, err := pod.DialContext(ctx, "tcp", r.Backends[k])
+		if err == nil {
 			return c.(*net.TCPConn), nil
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			wrong = err
 		}
 	}
 	c, err := d.DialContext(ctx, "tcp", r.Origin)
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(wrong, err)
 	}
 	return c.(*net.TCPConn), nil
 }

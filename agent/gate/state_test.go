@@ -263,13 +263,17 @@ func TestReach(t *testing.T) {
 		r.Port = int32(i)
 		routes = append(routes, r)
 	}
+	// Pods that do not answer, before an origin that no node knows yet.
+	hidden := tcpRoute(t, origins[1], nil)
+	hidden.Port, hidden.Backends = 4, []string{deaf(t)}
+	routes = append(routes, hidden)
 	g.push(stateOf(1, append(routes, udpRoute(t, "127.0.0.1:9", nil))...))
 	code, b := g.do(http.MethodPost, "/v1/reach", []byte(`{"key": "web"}`))
 	var got []intercept.Reached
-	if err := json.Unmarshal(b, &got); err != nil || code != http.StatusOK || len(got) != 3 {
+	if err := json.Unmarshal(b, &got); err != nil || code != http.StatusOK || len(got) != 4 {
 		t.Fatalf("%d %s", code, b)
 	}
-	if got[0].Error != "" || got[1].Error != "refused" || !strings.Contains(got[2].Error, "timeout") || got[2].Port != 2 || got[2].Origin != origins[2] {
+	if got[0].Error != "" || got[1].Error != "refused" || !strings.Contains(got[2].Error, "timeout") || got[2].Port != 2 || got[2].Origin != origins[2] || !strings.Contains(got[3].Error, "timeout") {
 		t.Errorf("%+v", got)
 	}
 	for body, want := range map[string]int{`{"key": "nobody"}`: http.StatusNotFound, `x`: http.StatusBadRequest} {

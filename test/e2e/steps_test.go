@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -24,159 +23,291 @@ var (
 	stopSteps  = []string{"restore", "drain", "entry-removed", "origin-deleted", "policy-deleted", "gates-gone", "lease-deleted"}
 )
 
-// walker walks through the steps. After each of them the shop is as before, and
-// its owner changes the Service, so that the next one has another one to bring back.
+// exchangeCart is an exchange of two of the cart's ports.
+var exchangeCart = exchangeOn("cart")
+
+func exchangeOn(service string) []string {
+	return []string{"exchange", service, "--expose", "8080:80,9000:echo"}
+}
+
+// walker ends sessions at a step, three at once, each of which has a Service of
+// its own: what comes afterwards is another for each. Then everything is as before,
+// and the owner of the Services changes them, so that the next step has others to
+// bring back.
 type walker struct {
-	alice  developer
-	before []string
-	wide   bool
+	recovered, reverted, restarted walk
+	before                         []string
+	wide                           bool
+}
+
+// walk is one of them.
+type walk struct {
+	developer
+	service string
+	address string // of its port 80
 }
 
 func TestSteps(t *testing.T) {
 	unchangedShop(t)
-	w := &walker{alice: aliceAt(t)}
-	w.before = listNamespace(t, "shop")
-	w.alice.serve(t, "127.0.0.1")
-	// The last state is that in which other tests expect the Service.
-	t.Cleanup(func() { ownerApplies(t, cartNarrow) })
-	for _, step := range slices.Concat(startSteps, stopSteps) {
-		t.Run("killed at "+step, func(t *testing.T) { w.step(t, func(t *testing.T) { w.killed(t, step) }) })
-		t.Run("all killed at "+step+", recover", func(t *testing.T) { w.step(t, func(t *testing.T) { w.allKilled(t, step, true) }) })
-		t.Run("all killed at "+step+", next start", func(t *testing.T) { w.step(t, func(t *testing.T) { w.allKilled(t, step, false) }) })
+	alice, next := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	next.serve(t, "127.0.0.1")
+	w := &walker{
+		recovered: walk{developer: alice, service: "till"},
+		reverted:  walk{developer: developer{lab, netlab.Bob}, service: "rack"},
+		restarted: walk{developer: next, service: "desk"},
+	}
+	apply(t, w.services(cartNarrow)) // for its end
+	w.ownerChanges(t)
+	for _, one := range w.all() {
+		one.address = clusterIP(t, one.service) + ":80"
+	}
+	// While somebody else intercepts in the namespace the gates are there already, and
+	// stay.
+	colleague := developer{next.Machine, netlab.Alice}
+	t.Run("a colleague is there", func(t *testing.T) {
+		colleague.intercept(t, "preview", "steady", "--expose", "8080:80")
+		w.before = w.list(t)
+		for _, step := range slices.Concat(startSteps, stopSteps) {
+			if !slices.Contains(firstAndLast, step) {
+				t.Run(step, func(t *testing.T) { w.step(t, step) })
+			}
+		}
+	})
+	nobodyLeft(t)
+	w.before = w.list(t)
+	for _, step := range firstAndLast {
+		t.Run(step, func(t *testing.T) { w.step(t, step) })
 	}
 }
 
-// step makes one step, and wants everything as before it.
-func (w *walker) step(t *testing.T, f func(*testing.T)) {
+// firstAndLast are the steps that differ for who intercepts alone in a namespace.
+var firstAndLast = []string{"gates", "policy", "entry-removed", "gates-gone", "lease-deleted"}
+
+func (w *walker) all() []*walk { return []*walk{&w.recovered, &w.reverted, &w.restarted} }
+
+// services makes manifests of the three of one for the cart.
+func (w *walker) services(manifest string) string {
+	var all []string
+	for _, one := range w.all() {
+		all = append(all, strings.Replace(manifest, "name: cart,", "name: "+one.service+",", 1))
+	}
+	return strings.Join(all, "---")
+}
+
+// ownerChanges has the owner, who forces nothing, change the selectors.
+func (w *walker) ownerChanges(t *testing.T) {
+	t.Helper()
+	w.wide = !w.wide
+	ownerApplies(t, w.services(map[bool]string{true: cartWide, false: cartNarrow}[w.wide]))
+}
+
+// list is all of the namespace, culvert's own objects included, but for what
+// changes while somebody else's intercept goes on.
+func (w *walker) list(t *testing.T) []string {
+	t.Helper()
+	lines := listNamespace(t, "shop")
+	for i, l := range lines {
+		if fields := strings.Fields(l); strings.HasPrefix(l, "ConfigMap/culvert-gate data ") || strings.HasPrefix(l, "Lease/") && strings.Contains(l, " spec renewTime ") {
+			lines[i] = strings.Join(fields[:3], " ") // that it is there
+		}
+	}
+	return lines
+}
+
+func (w *walker) step(t *testing.T, step string) {
 	begun := time.Now()
 	t.Cleanup(func() {
 		if t.Failed() { // whatever is left does not concern the next step
-			lab.Culvert(netlab.Alice, "disconnect")
-			w.alice.culvert("recover", "cart", "--force")
-			w.alice.culvert("clean", "--older-than", "0s")
-			w.before = nobodyLeft(t)
+			w.tidy(t)
 		}
 	})
-	f(t)
-	sameNamespace(t, "shop", w.before, 30*time.Second)
-	if s := status(t, netlab.Alice); len(s) != 0 {
-		t.Errorf("a session is left: %+v", s)
-		lab.Culvert(netlab.Alice, "disconnect")
+	failed := make(chan error, 3)
+	stopped := [2]*os.Process{}
+	go func() { failed <- w.restarted.killed(step) }()
+	for i, one := range []*walk{&w.recovered, &w.reverted} {
+		go func() {
+			var err error
+			stopped[i], err = one.stoppedAt(step)
+			failed <- err
+		}()
 	}
-	t.Logf("as before after %v", time.Since(begun).Round(100*time.Millisecond))
-	// The owner, who forces nothing, changes the selector.
-	w.wide = !w.wide
-	ownerApplies(t, map[bool]string{true: cartWide, false: cartNarrow}[w.wide])
-	w.before = listNamespace(t, "shop")
-}
-
-// at starts a command whose session does something to itself at a step.
-func (w *walker) at(what string, args ...string) (ended chan netlab.Result) {
-	cmd := w.alice.command(context.Background(), args...)
-	cmd.Env = append(cmd.Env, "CULVERT_TEST_AT="+what)
-	ended = make(chan netlab.Result, 1)
-	go func() { ended <- netlab.Run(cmd) }()
-	return ended
-}
-
-var exchangeCart = []string{"exchange", "cart", "--expose", "8080:80,9000:echo"}
-
-// begin brings the session to where the step comes next. The command that does the
-// step is returned.
-func (w *walker) begin(t *testing.T, what, step string) (does func() chan netlab.Result) {
-	t.Helper()
-	if slices.Contains(startSteps, step) {
-		return func() chan netlab.Result { return w.at(what+":"+step, exchangeCart...) }
-	}
-	if r := <-w.at(what+":"+step, "connect"); r.Code != 0 {
-		t.Fatalf("connect: %v", r)
-	}
-	if r := w.alice.culvert(exchangeCart...); r.Code != 0 {
-		t.Fatalf("exchange: %v", r)
-	}
-	answeredBy(t, "alice", 2*time.Second)
-	if step == "lease-deleted" { // with the session
-		return func() chan netlab.Result { return w.at("", "disconnect") }
-	}
-	return func() chan netlab.Result { return w.at("", "leave", "cart") }
-}
-
-// killed: the process is killed at a step, and the daemon starts another.
-func (w *walker) killed(t *testing.T, step string) {
-	r := <-w.begin(t, "kill", step)()
-	switch {
-	case step == "active":
-		// It is there: the other process goes on with it.
-		answeredBy(t, "alice", 15*time.Second)
-		eventually(t, 10*time.Second, func() error {
-			if s := status(t, netlab.Alice); len(s) != 1 || s[0].Restarts != 1 {
-				return fmt.Errorf("want one session that was restarted once: %+v", s)
-			}
-			return nil
-		})
-		w.alice.leave(t, "cart")
-	case slices.Contains(startSteps, step):
-		if r.Code != 1 {
-			t.Errorf("killed at %s, and exchange says: %v", step, r)
-		}
-	case step != "lease-deleted":
-		if s := status(t, netlab.Alice); len(s) != 1 || s[0].Restarts != 1 {
-			t.Errorf("want one session that was restarted once: %+v", s)
-		}
-		if r := lab.Culvert(netlab.Alice, "disconnect"); r.Code != 0 {
-			t.Errorf("disconnect: %v", r)
-		}
-	}
-}
-
-// allKilled: at a step neither session nor daemon can do anything any more.
-func (w *walker) allKilled(t *testing.T, step string, recover bool) {
-	ended := w.begin(t, "stop", step)()
-	pid, err := w.stopped()
-	if err != nil {
+	if err := errors.Join(<-failed, <-failed, <-failed); err != nil {
 		t.Fatal(err)
 	}
+	there := time.Since(begun)
+	// Neither sessions nor daemon can do anything any more.
 	if err := lab.KillDaemon(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if lab.DaemonPID() == 0 {
-			if err := lab.StartDaemon(); err != nil {
-				t.Error(err)
-			}
+	for _, p := range stopped {
+		if err := p.Kill(); err != nil {
+			t.Fatal(err)
 		}
-	})
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
 	}
-	if r := <-ended; r.Code != 1 {
-		t.Errorf("everything was killed at %s, and the command says: %v", step, r)
+	served(t, "http", w.reverted.address, "cart-*")
+	if r := w.recovered.culvert("recover", w.recovered.service, "--force"); r.Code != 0 {
+		t.Errorf("recover: %v", r)
 	}
-	served(t, "http", cartPort(t, 80), "cart-*")
-	if recover {
-		if r := w.alice.culvert("recover", "cart", "--force"); r.Code != 0 {
-			t.Errorf("recover: %v", r)
-		}
-		sameOwn(t, "shop", w.before, 10*time.Second)
-		served(t, "http", cartPort(t, 80), "cart-*")
-	}
+	sameLines(t, w.linesOf(w.before, w.recovered), time.Second, func() []string { return w.linesOf(w.list(t), w.recovered) })
+	served(t, "http", w.recovered.address, "cart-*")
 	if err := lab.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
+	sameLines(t, w.before, 30*time.Second, func() []string { return w.list(t) })
+	for _, one := range w.all() {
+		served(t, "http", one.address, "cart-*")
+		if pid := one.pid(); pid != 0 {
+			t.Errorf("a session of %s is left, pid %d", one.service, pid)
+		}
+	}
+	t.Logf("at the step after %v, as before after %v", there.Round(100*time.Millisecond), time.Since(begun).Round(100*time.Millisecond))
+	w.ownerChanges(t)
+	w.before = w.list(t)
 }
 
-// stopped waits until the session's process has stopped itself.
-func (w *walker) stopped() (pid int, err error) {
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if pid = w.alice.pid(); pid == 0 {
+// linesOf are those of a walk's Service and its origin.
+func (w *walker) linesOf(lines []string, one walk) (its []string) {
+	for _, l := range lines {
+		if strings.HasPrefix(l, "Service/"+one.service) {
+			its = append(its, l)
+		}
+	}
+	return its
+}
+
+// tidy makes an end of what a step left that failed.
+func (w *walker) tidy(t *testing.T) {
+	for _, one := range w.all() {
+		if one.DaemonPID() == 0 {
+			if err := one.StartDaemon(); err != nil {
+				t.Error(err)
+			}
+		}
+		one.Culvert(one.user, "disconnect")
+		one.culvert("recover", one.service, "--force")
+	}
+	time.Sleep(5 * time.Second)
+	w.ownerChanges(t)
+	w.before = w.list(t)
+}
+
+// at runs a command whose session, if it begins one, does something to itself at a
+// step.
+func (o *walk) at(what, step string, args ...string) netlab.Result {
+	cmd := o.command(context.Background(), args...)
+	cmd.Env = append(cmd.Env, "CULVERT_TEST_AT="+what+":"+step)
+	return netlab.Run(cmd)
+}
+
+// begin brings the walk's session to the step. The command ends when its session or
+// daemon does.
+func (o *walk) begin(what, step string) (ended chan netlab.Result, err error) {
+	last := exchangeOn(o.service)
+	if slices.Contains(stopSteps, step) {
+		if r := o.at(what, step, last...); r.Code != 0 {
+			return nil, fmt.Errorf("%s, exchange: %v", o.service, r)
+		}
+		if err := o.answers(); err != nil {
+			return nil, err
+		}
+		last = []string{"leave", o.service}
+	}
+	ended = make(chan netlab.Result, 1)
+	go func() { ended <- o.at(what, step, last...) }()
+	return ended, nil
+}
+
+// answers: the machine does.
+func (o *walk) answers() error {
+	name, _, err := whoAnswers(clients[0], "http", o.address)
+	if err == nil && serves(name, "cart-*") {
+		err = fmt.Errorf("%s is answered by %s", o.service, name)
+	}
+	return err
+}
+
+// killed: the process is killed at a step, and the daemon starts another, which
+// undoes what it finds, or goes on.
+func (o *walk) killed(step string) error {
+	if step == "active" { // it outlives the command that fails, in a session that was there before
+		if r := o.at("kill", step, "expose", "8080"); r.Code != 0 {
+			return fmt.Errorf("expose: %v", r)
+		}
+	}
+	ended, err := o.begin("kill", step)
+	if err != nil {
+		return err
+	}
+	r := <-ended
+	if step == "lease-deleted" {
+		return nil // the session's end
+	}
+	if slices.Contains(startSteps, step) && r.Code != 1 {
+		return fmt.Errorf("%s was killed at %s, and exchange says: %v", o.service, step, r)
+	}
+	if slices.Contains(startSteps, step) && step != "active" {
+		return nil // the command has ended its session
+	}
+	all, err := lastJSON[[]api.Session](o.Culvert(o.user, "status", "-o", "json").Stdout)
+	if err != nil || len(all) != 1 || all[0].Restarts != 1 {
+		return fmt.Errorf("want one session of %s that was restarted once: %+v, %w; %v", o.service, all, err, r)
+	}
+	if step == "active" {
+		if err := insideOf(15*time.Second, o.answers); err != nil {
+			return fmt.Errorf("after a restart: %w", err)
+		}
+	} else if err := insideOf(20*time.Second, o.nothingHere); err != nil {
+		return err
+	}
+	if r := o.Culvert(o.user, "disconnect"); r.Code != 0 {
+		return fmt.Errorf("disconnect of %s: %v", o.service, r)
+	}
+	return nil
+}
+
+// nothingHere: the session has no intercepts.
+func (o *walk) nothingHere() error {
+	r := o.Run(o.user, "curl", "-sS", "--unix-socket", o.Socket, "http://culvert"+api.PathIntercepts)
+	all, err := lastJSON[[]api.Intercept](r.Stdout)
+	if err == nil && len(all) > 0 {
+		err = fmt.Errorf("intercepts are left: %+v", all)
+	}
+	return err
+}
+
+// insideOf is eventually for goroutines.
+func insideOf(d time.Duration, f func() error) (err error) {
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		if err = f(); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("after %v: %w", d, err)
+}
+
+// stoppedAt: at a step the session stops itself.
+func (o *walk) stoppedAt(step string) (*os.Process, error) {
+	ended, err := o.begin("stop", step)
+	if err != nil {
+		return nil, err
+	}
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
+		select {
+		case r := <-ended:
+			return nil, fmt.Errorf("%s did not stop at %s: %v", o.service, step, r)
+		case <-time.After(50 * time.Millisecond):
+		}
+		pid := o.pid()
+		if pid == 0 {
 			continue
 		}
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if _, rest, _ := strings.Cut(string(b), ") "); strings.HasPrefix(rest, "T") {
-			return pid, nil
+			return os.FindProcess(pid)
 		}
 	}
-	return 0, errors.New("the session did not stop itself")
+	return nil, fmt.Errorf("%s did not stop at %s", o.service, step)
 }
 
 // TestResumed: an exchange outlives the daemon. One that starts again brings it
