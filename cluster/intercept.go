@@ -281,7 +281,7 @@ func (i *Intercept) enter(s *intercept.State) error {
 			r.Listen = free[k]
 		}
 		if p.Local != 0 {
-			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, p), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
+			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, int(p.Port), string(p.Protocol)), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
 		}
 		if at := (PortKey{Port: int32(r.Listen), Protocol: p.Protocol}); !serves[at] {
 			serves[at] = true
@@ -294,8 +294,8 @@ func (i *Intercept) enter(s *intercept.State) error {
 
 // PortID is the ID of one port of an intercept in intercept.Header: each is a
 // target of its own at the session.
-func PortID(id string, p PlanPort) string {
-	return fmt.Sprintf("%s-%d-%s", id, p.Port, p.Protocol)
+func PortID(id string, port int, protocol string) string {
+	return fmt.Sprintf("%s-%d-%s", id, port, protocol)
 }
 
 // agentAddrs are where gates dial an agent.

@@ -102,7 +102,7 @@ func (x *intercepts) applyExposed(ctx context.Context) error {
 		}
 		ours = append(ours, i)
 		for _, p := range i.Ports {
-			ports = append(ports, expose.Port{Port: uint16(p.Port), Protocol: p.Protocol, ID: targetID(i.ID, p), Token: i.Token})
+			ports = append(ports, expose.Port{Port: uint16(p.Port), Protocol: p.Protocol, ID: cluster.PortID(i.ID, p.Port, p.Protocol), Token: i.Token})
 		}
 	}
 	x.mu.Unlock()

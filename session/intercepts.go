@@ -233,7 +233,7 @@ func (x *intercepts) drop(ctx context.Context, i *intercepted) error {
 	x.mu.Unlock()
 	var trouble []error
 	for _, p := range i.Ports {
-		trouble = append(trouble, x.session.inbound.Remove(targetID(i.ID, p)))
+		trouble = append(trouble, x.session.inbound.Remove(cluster.PortID(i.ID, p.Port, p.Protocol)))
 	}
 	return errors.Join(append(trouble, x.save(ctx))...)
 }
@@ -294,16 +294,11 @@ func (x *intercepts) keepRecord(ctx context.Context, keep bool) error {
 func (x *intercepts) serve(i *intercepted) error {
 	for _, p := range i.Ports {
 		t := target{Token: i.Token, Network: networkOf(p.Protocol), Local: uint16(p.Local), ProxyProtocol: i.Request.ProxyProtocol}
-		if err := x.session.inbound.Set(targetID(i.ID, p), t); err != nil {
+		if err := x.session.inbound.Set(cluster.PortID(i.ID, p.Port, p.Protocol), t); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// targetID is what a gate, or the agent, calls one port of an intercept.
-func targetID(id string, p api.InterceptPort) string {
-	return fmt.Sprintf("%s-%d-%s", id, p.Port, p.Protocol)
 }
 
 func networkOf(protocol string) string {
