@@ -216,7 +216,7 @@ func (x *intercepts) leavePorts(ctx context.Context, i *intercepted, left, stay 
 	x.mu.Unlock()
 	trouble := []error{x.save(ctx), x.applyExposed(ctx)}
 	for _, p := range left {
-		trouble = append(trouble, x.session.inbound.Remove(targetID(i.ID, p)))
+		trouble = append(trouble, x.session.inbound.Remove(cluster.PortID(i.ID, p.Port, p.Protocol)))
 	}
 	return errors.Join(trouble...)
 }
