@@ -296,6 +296,7 @@ func (c *Cluster) RemoveGateEntry(ctx context.Context, namespace, key string) (l
 		delete(now.Entries, key)
 		if len(now.Entries) == 0 {
 			last = true
+			state.Generation++ // for gates that are told of it: they know this one
 			return c.deleteGateState(ctx, namespace, now.object)
 		}
 		if len(now.Entries) == len(before) {

@@ -44,6 +44,20 @@ func TestGateStateOfNothing(t *testing.T) {
 	}
 }
 
+// TestGateStateOfTheLast: what is left when the last entry goes is newer than what
+// gates have, or they would go on with what they know and end late.
+func TestGateStateOfTheLast(t *testing.T) {
+	_, c := newFleetAPI(t)
+	s, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1", 20001)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, rest, err := c.RemoveGateEntry(t.Context(), "demo", "web")
+	if err != nil || !last || len(rest.Entries) != 0 || rest.Generation <= s.Generation {
+		t.Errorf("last %v, %+v after generation %d, %v", last, rest, s.Generation, err)
+	}
+}
+
 func TestGateStateChanges(t *testing.T) {
 	server, c := newFleetAPI(t)
 	s, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1", 20001)))

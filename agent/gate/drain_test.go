@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // raw is a server of exact bytes: for each request head that it reads it writes
@@ -459,6 +461,36 @@ func TestAcceptsWhileLeaving(t *testing.T) {
 	}
 	if _, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", route.Listen)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestEndsWithItsLastEntry: after SIGTERM a gate does not wait for connections that
+// its state says nobody makes any more, whether it is told before or after.
+func TestEndsWithItsLastEntry(t *testing.T) {
+	for _, before := range []bool{true, false} {
+		g := startGate(t, Config{}, func(x *timing) { x.linger = time.Minute })
+		g.push(stateOf(1, tcpRoute(t, "", nil)))
+		empty := intercept.State{Generation: 2, Entries: map[string]intercept.Entry{}}
+		if before {
+			g.push(empty)
+		}
+		g.stop()
+		if !before {
+			select {
+			case err := <-g.stopped:
+				t.Fatalf("ended with an entry: %v", err)
+			case <-time.After(100 * time.Millisecond):
+			}
+			g.push(empty)
+		}
+		select {
+		case err := <-g.stopped:
+			if err != nil {
+				t.Errorf("told before %v: %v", before, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("told before %v: it goes on", before)
+		}
 	}
 }
 

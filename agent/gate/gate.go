@@ -192,8 +192,8 @@ func New(cfg Config) *Gate {
 }
 
 // Run serves until ctx ends, and drains then: for 4 s it goes on accepting, since
-// other nodes hear late that this pod ends, and it returns nil when no connection
-// is left, at most Config.Drain after that. Any other error is of the listeners
+// other nodes hear late that this pod ends, unless its state says that nobody comes
+// any more. It returns nil when no connection is left, at most Config.Drain after that. Any other error is of the listeners
 // for control and metrics. It may be called once.
 func (g *Gate) Run(ctx context.Context) error {
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
@@ -265,10 +265,11 @@ func (g *Gate) leave(life context.Context) {
 	g.mu.Lock()
 	g.terminating = true
 	g.drainLocked()
-	idle := len(g.routes) == 0 && len(g.conns) == 0 // nobody knows the way here any more
 	g.mu.Unlock()
-	if idle || !sleep(life, g.times.linger) {
-		return
+	for end := time.Now().Add(g.times.linger); time.Now().Before(end); {
+		if g.unknown() || !sleep(life, g.times.sweep/4) {
+			return
+		}
 	}
 	g.mu.Lock()
 	g.shut = true
@@ -284,6 +285,14 @@ func (g *Gate) leave(life context.Context) {
 			return
 		}
 	}
+}
+
+// unknown: nobody knows the way here any more. Whoever took the last entry out has
+// waited for that, and tells the gate of it about when it gets its SIGTERM.
+func (g *Gate) unknown() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.routes) == 0 && len(g.conns) == 0
 }
 
 // shutdown ends all that is open. Run waits for it.

@@ -108,6 +108,9 @@ func (d developer) leave(t *testing.T, args ...string) {
 	if r.Code != 0 && !slices.Contains(args, "--all") {
 		t.Errorf("culvert leave %v: %v", args, r)
 	}
+	if r.Took > time.Second {
+		t.Logf("culvert leave %v: %v", args, r.Took.Round(10*time.Millisecond))
+	}
 }
 
 // pid is the process of the developer's session; 0 while there is none.
