@@ -290,10 +290,10 @@ func (f *forwarder) Close() {
 // Run serves until ctx ends, then resets what is open, and returns when all of it
 // has ended.
 func (f *forwarder) Run(ctx context.Context) {
-	var running sync.WaitGroup
-	defer running.Wait()
 	stop := context.AfterFunc(ctx, f.Close)
 	defer stop()
+	var running sync.WaitGroup
+	defer running.Wait()
 	for _, l := range f.open {
 		running.Go(func() {
 			for {

@@ -362,6 +362,7 @@ func TestForwardListen(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { f.Run(ctx); close(done) }()
+	time.Sleep(50 * time.Millisecond) // until it waits for connections
 	cancel()
 	select {
 	case <-done:
