@@ -77,3 +77,8 @@ func TestMissingRightIsNotAdmission(t *testing.T) {
 		t.Error("a quota is no missing right")
 	}
 }
+
+func TestRefusedPod(t *testing.T) {
+	wantError(t, refusedPod("gate", "shop", `pods "x" is forbidden: exceeded quota: q, requested: pods=1`), api.CodeNamespace, `the gate's pod in namespace "shop"`, "exceeded quota", "--pod-quota")
+	wantError(t, refusedPod("agent", "shop", "what nobody knows"), api.CodeNamespace, `the agent's pod in namespace "shop": what nobody knows`)
+}

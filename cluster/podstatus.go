@@ -147,8 +147,8 @@ func exited(pod *corev1.Pod, t *corev1.ContainerStateTerminated) *api.Error {
 
 // refusedPod is what the ReplicaSet controller met when it created the pod:
 // quota, PodSecurity, a policy.
-func refusedPod(role, message string) *api.Error {
-	err := translateStatusText("creating the "+role+"'s pod", message)
+func refusedPod(role, namespace, message string) *api.Error {
+	err := translateStatusText(fmt.Sprintf("creating the %s's pod in namespace %q", role, namespace), message)
 	if err.Code == api.CodeInternal {
 		err.Code = api.CodeNamespace
 	}

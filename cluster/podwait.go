@@ -138,7 +138,7 @@ func (w *podWait) handle(event watch.Event) ([]*corev1.Pod, error) {
 		}
 		for _, condition := range o.Status.Conditions {
 			if condition.Type == appsv1.DeploymentReplicaFailure && condition.Status == corev1.ConditionTrue && len(w.current()) < w.want {
-				return nil, w.troubled(refusedPod(w.role, condition.Message))
+				return nil, w.troubled(refusedPod(w.role, w.namespace, condition.Message))
 			}
 		}
 	case *corev1.Event:

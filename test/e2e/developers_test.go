@@ -5,7 +5,6 @@ package e2e
 import (
 	"fmt"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -146,13 +145,7 @@ func vanish(t *testing.T, d developer) (lease string) {
 	if err != nil || len(sessions) != 1 || !strings.Contains(leases, "culvert-"+sessions[0].ID) {
 		t.Fatalf("no Lease of the session %v in %s", r, leases)
 	}
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	if err := d.KillDaemon(); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+	if err := d.KillWith(pid); err != nil {
 		t.Fatal(err)
 	}
 	return "lease/culvert-" + sessions[0].ID

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -140,6 +141,23 @@ func onNodes(t *testing.T, command string) {
 	}
 }
 
+// eventuallyServed wants that a name answers HTTP at an address before long, for
+// the clients on both nodes.
+func eventuallyServed(t *testing.T, addr, name string, limit time.Duration) {
+	t.Helper()
+	begun := time.Now()
+	for _, c := range clients {
+		eventually(t, limit, func() error {
+			got, _, err := whoAnswers(c, "http", addr)
+			if err == nil && !serves(got, name) {
+				err = fmt.Errorf("%s from %s is answered by %s, not %s", addr, c, got, name)
+			}
+			return err
+		})
+	}
+	t.Logf("%s answers at %s after %v", name, addr, time.Since(begun).Round(10*time.Millisecond))
+}
+
 // TestPreflight: what would break the Service is found while nothing has changed.
 func TestPreflight(t *testing.T) {
 	unchangedShop(t)
@@ -150,6 +168,7 @@ func TestPreflight(t *testing.T) {
 		onNodes(t, "nft 'table inet preflight { chain forward { type filter hook forward priority -5; tcp dport 8080 drop; }; }'")
 		t.Cleanup(func() { onNodes(t, "nft delete table inet preflight") })
 		before := serviceLines(t)
+		t.Cleanup(func() { alice.leave(t, "--all") }) // if it is not refused
 		refused{args: exchangeOf("cart"), code: 1, words: []string{"cart", "reach", "80"}}.check(t, alice)
 		sameLines(t, before, time.Second, func() []string { return serviceLines(t) })
 	})
@@ -194,8 +213,11 @@ spec: {selector: {app: cart}, sessionAffinity: ClientIP, ports: [{name: http, po
 		refused{args: exchangeOf("near"), code: 1, words: []string{"near", "Local", "--force"}}.check(t, alice)
 		refused{args: exchangeOf("near", "--force")}.check(t, alice)
 		served(t, "http", "near.shop:80", "alice")
+		// Clients that stay with a pod of its come here all the same, and back. Nodes learn
+		// of each change within a second or two when there are many.
+		served(t, "http", "sticky.shop:80", "cart-*")
 		refused{args: exchangeOf("sticky"), words: []string{"affinity"}}.check(t, alice)
-		served(t, "http", "sticky.shop:80", "alice")
+		eventuallyServed(t, "sticky.shop:80", "alice", 3*time.Second)
 		alice.leave(t, "--all")
 		served(t, "http", "sticky.shop:80", "cart-*")
 	})

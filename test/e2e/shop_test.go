@@ -245,11 +245,15 @@ func whoAnswers(client, network, addr string) (name, caller string, err error) {
 // served wants that a name answers at an address, for the clients on both nodes.
 func served(t *testing.T, network, addr, name string) {
 	t.Helper()
+	var asked sync.WaitGroup
 	for _, c := range clients {
-		if got, _, err := whoAnswers(c, network, addr); err != nil || !serves(got, name) {
-			t.Errorf("%s %s from %s is answered by %q (%v), want %s", network, addr, c, got, err, name)
-		}
+		asked.Go(func() {
+			if got, _, err := whoAnswers(c, network, addr); err != nil || !serves(got, name) {
+				t.Errorf("%s %s from %s is answered by %q (%v), want %s", network, addr, c, got, err, name)
+			}
+		})
 	}
+	asked.Wait()
 }
 
 // serves says whether an answer is from a server, or from any pod of a workload.

@@ -57,8 +57,8 @@ func TestSteps(t *testing.T) {
 		reverted:  walk{developer: developer{lab, netlab.Bob}, service: "rack"},
 		restarted: walk{developer: next, service: "desk"},
 	}
-	apply(t, w.services(cartNarrow)) // for its end
 	w.ownerChanges(t)
+	t.Cleanup(func() { kubectl(t, "-n", "shop", "delete", "services", "till", "rack", "desk") })
 	for _, one := range w.all() {
 		one.address = clusterIP(t, one.service) + ":80"
 	}
@@ -123,7 +123,7 @@ func (w *walker) step(t *testing.T, step string) {
 		}
 	})
 	failed := make(chan error, 3)
-	stopped := [2]*os.Process{}
+	stopped := [2]int{}
 	go func() { failed <- w.restarted.killed(step) }()
 	for i, one := range []*walk{&w.recovered, &w.reverted} {
 		go func() {
@@ -137,13 +137,8 @@ func (w *walker) step(t *testing.T, step string) {
 	}
 	there := time.Since(begun)
 	// Neither sessions nor daemon can do anything any more.
-	if err := lab.KillDaemon(); err != nil {
+	if err := lab.KillWith(stopped[:]...); err != nil {
 		t.Fatal(err)
-	}
-	for _, p := range stopped {
-		if err := p.Kill(); err != nil {
-			t.Fatal(err)
-		}
 	}
 	served(t, "http", w.reverted.address, "cart-*")
 	if r := w.recovered.culvert("recover", w.recovered.service, "--force"); r.Code != 0 {
@@ -156,7 +151,6 @@ func (w *walker) step(t *testing.T, step string) {
 	}
 	sameLines(t, w.before, 30*time.Second, func() []string { return w.list(t) })
 	for _, one := range w.all() {
-		served(t, "http", one.address, "cart-*")
 		if pid := one.pid(); pid != 0 {
 			t.Errorf("a session of %s is left, pid %d", one.service, pid)
 		}
@@ -287,27 +281,26 @@ func insideOf(d time.Duration, f func() error) (err error) {
 }
 
 // stoppedAt: at a step the session stops itself.
-func (o *walk) stoppedAt(step string) (*os.Process, error) {
+func (o *walk) stoppedAt(step string) (pid int, err error) {
 	ended, err := o.begin("stop", step)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
 		select {
 		case r := <-ended:
-			return nil, fmt.Errorf("%s did not stop at %s: %v", o.service, step, r)
+			return 0, fmt.Errorf("%s did not stop at %s: %v", o.service, step, r)
 		case <-time.After(50 * time.Millisecond):
 		}
-		pid := o.pid()
-		if pid == 0 {
+		if pid = o.pid(); pid == 0 {
 			continue
 		}
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if _, rest, _ := strings.Cut(string(b), ") "); strings.HasPrefix(rest, "T") {
-			return os.FindProcess(pid)
+			return pid, nil
 		}
 	}
-	return nil, fmt.Errorf("%s did not stop at %s", o.service, step)
+	return 0, fmt.Errorf("%s did not stop at %s", o.service, step)
 }
 
 // TestResumed: an exchange outlives the daemon. One that starts again brings it

@@ -104,6 +104,24 @@ func (m *Machine) StopDaemon() error { return m.endDaemon(syscall.SIGTERM, true)
 // KillDaemon is kill -9; nothing runs after it.
 func (m *Machine) KillDaemon() error { return m.endDaemon(syscall.SIGKILL, false) }
 
+// KillWith is kill -9 of the daemon and of processes that it started, none of which
+// sees another's end. (Without its parent a process that was stopped goes on: the
+// kernel sends SIGCONT to orphaned process groups.)
+func (m *Machine) KillWith(pids ...int) error {
+	if m.daemon == nil {
+		return errors.New("no daemon runs")
+	}
+	if err := m.daemon.Process.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			return errors.Join(fmt.Errorf("killing process %d: %w", pid, err), m.KillDaemon())
+		}
+	}
+	return m.KillDaemon()
+}
+
 func (m *Machine) endDaemon(sig syscall.Signal, cleanup bool) error {
 	if m.daemon == nil {
 		return nil
