@@ -23,6 +23,8 @@ const (
 	// scaleBackTime is how long a workload's pods have to become ready again, before
 	// those that stand in for them end.
 	scaleBackTime = 2 * time.Minute
+	// goneTime is how long a gate may take to end: its grace period, and some more.
+	goneTime = (gateGrace + 15) * time.Second
 	// drainPoll is how often gates are asked whether connections are left.
 	drainPoll = 500 * time.Millisecond
 )
@@ -109,7 +111,7 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
 	}
 	if last {
-		trouble = append(trouble, c.awaitGatesGone(ctx, u.Namespace))
+		trouble = append(trouble, c.awaitGatesGone(ctx, u))
 	}
 	return errors.Join(trouble...)
 }
@@ -206,51 +208,61 @@ func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) 
 }
 
 // awaitGatesGone waits until the garbage collector took the gates of a ConfigMap
-// that is gone; somebody who came in meanwhile has new ones, which stay.
-func (c *Cluster) awaitGatesGone(ctx context.Context, namespace string) error {
+// that is gone; somebody who came in meanwhile has new ones, which stay. Pods whose
+// node is away end when it is back, or is given up by the cluster: nobody waits for
+// that.
+func (c *Cluster) awaitGatesGone(ctx context.Context, u UndoSpec) error {
+	waiting, cancel := context.WithTimeout(ctx, goneTime)
+	defer cancel()
 	for {
-		d, err := c.client.Deployments(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			break
-		}
-		if err != nil {
-			return translate("waiting for the gates to end", err)
-		}
-		if m, err := c.client.ConfigMaps(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{}); err == nil && ownedBy(d, m) {
+		left, err := c.oldGates(waiting, u.Namespace)
+		if err == nil && left == 0 {
 			return nil
 		}
-		if err := c.pauseGone(ctx, namespace); err != nil {
-			return err
-		}
-	}
-	for {
-		pods, err := c.client.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.SelectorFromSet(GateSelector(intercept.GateName)).String()})
-		if err != nil {
+		if err != nil && waiting.Err() == nil {
 			return translate("waiting for the gates to end", err)
 		}
-		live := 0
-		for i := range pods.Items {
-			if pods.Items[i].DeletionTimestamp != nil {
-				live++
-			}
+		select {
+		case <-time.After(pollGone / 2):
+			continue
+		case <-waiting.Done():
 		}
-		if live == 0 {
+		if ctx.Err() == nil {
+			u.Say(fmt.Sprintf("%d pods of the gates are still ending: their node may be away", left))
 			return nil
 		}
-		if err := c.pauseGone(ctx, namespace); err != nil {
-			return err
-		}
+		return &api.Error{Code: api.CodeTimeout, Message: "the gates' end was asked for, but their pods are not gone yet",
+			Hint: fmt.Sprintf("`kubectl -n %s get deployment,pod -l %s=culvert` shows what is left", u.Namespace, LabelManagedBy)}
 	}
 }
 
-func (c *Cluster) pauseGone(ctx context.Context, namespace string) error {
-	select {
-	case <-time.After(pollGone / 2):
-		return nil
-	case <-ctx.Done():
-		return &api.Error{Code: api.CodeTimeout, Message: "the gates' end was asked for, but their pods are not gone yet",
-			Hint: fmt.Sprintf("`kubectl -n %s get deployment,pod -l %s=culvert` shows what is left", namespace, LabelManagedBy)}
+// oldGates counts what belongs to no ConfigMap that is there: Deployment and pods.
+func (c *Cluster) oldGates(ctx context.Context, namespace string) (left int, err error) {
+	owner := ""
+	m, err := c.client.ConfigMaps(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{})
+	switch {
+	case err == nil:
+		owner = string(m.UID)
+	case !apierrors.IsNotFound(err):
+		return 0, err
 	}
+	d, err := c.client.Deployments(namespace).Get(ctx, intercept.GateName, metav1.GetOptions{})
+	switch {
+	case err == nil && d.Labels[LabelGateState] != owner:
+		left++
+	case err != nil && !apierrors.IsNotFound(err):
+		return 0, err
+	}
+	pods, err := c.client.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.SelectorFromSet(GateSelector(intercept.GateName)).String()})
+	if err != nil {
+		return 0, err
+	}
+	for i := range pods.Items {
+		if pods.Items[i].Labels[LabelGateState] != owner {
+			left++
+		}
+	}
+	return left, nil
 }
 
 // asAPIError gives any error the form that users see.

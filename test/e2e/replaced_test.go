@@ -187,9 +187,14 @@ func replaceAgent(t *testing.T, first api.Session, end func(*testing.T, api.Sess
 }
 
 // TestNodeLost: the agent's node dies without a word. The cluster takes most of
-// a minute to believe it; then there is another agent on another node.
+// a minute to believe it; then there is another agent on another node, and a Service
+// that was exchanged comes to the machine again, by the gate that is left.
 func TestNodeLost(t *testing.T) {
 	s := connect(t, "--debug")
+	alice := developer{lab, netlab.Alice}
+	alice.serve(t, "127.0.0.1")
+	alice.intercept(t, "exchange", "echo", "--expose", "8080:http", "-n", "demo")
+	exchanged := "http://" + serviceIPs(t)[0] + "/who"
 	ip := kubectl(t, "-n", "demo", "get", "pods", "-l", "app=echo", "--field-selector=spec.nodeName!="+s.Agent.Node, "-o", "jsonpath={.items[0].status.podIP}")
 	addr := net.JoinHostPort(ip, "9000")
 	waiting := dial(t, "tcp", addr)
@@ -225,4 +230,14 @@ func TestNodeLost(t *testing.T) {
 	if now := waitState(t, netlab.Alice, api.Connected, 10*time.Second); now.Agent.Node == s.Agent.Node {
 		t.Errorf("the agent is still on %s", now.Agent.Node)
 	}
+	eventually(t, 30*time.Second, func() error {
+		for range 6 { // whichever gate the Service chooses
+			r := lab.Run(netlab.Alice, "/bin/sh", "-c", "curl -sS --max-time 3 "+exchanged)
+			if r.Code != 0 || !strings.HasPrefix(r.Stdout, "alice ") {
+				return fmt.Errorf("the exchanged Service: %v", r)
+			}
+		}
+		return nil
+	})
+	t.Logf("the machine serves the exchanged Service again %v after its node was lost", time.Since(begun).Round(time.Second))
 }
