@@ -1,17 +1,11 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/culvert-dev/culvert/daemon/api"
@@ -22,9 +16,8 @@ import (
 const (
 	minBootDelay = time.Second
 	maxBootDelay = time.Minute
-	maxRecord    = 256 << 10 // bytes; options are bounded by the request's size
-	maxRecords   = 256       // per machine
-	maxOwn       = 16        // per user, so that one leaves room for the others
+	maxRecords   = 256 // per machine
+	maxOwn       = 16  // per user, so that one leaves room for the others
 )
 
 // bootRecord is what is kept of a session that shall be connected at boot: no
@@ -44,110 +37,8 @@ func (r bootRecord) name() string {
 	return fmt.Sprintf("%d-%x.json", r.UID, sum[:8])
 }
 
-// bootStore keeps records as files in dir, root's alone.
-type bootStore struct {
-	dir string
-	mu  sync.Mutex
-}
-
-func (b *bootStore) path() string { return filepath.Join(b.dir, "boot") }
-
-func (b *bootStore) save(r bootRecord) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	text, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encoding a session for the next boot: %w", err)
-	}
-	if len(text) > maxRecord {
-		return fmt.Errorf("remembering a session for the next boot: its options are %d bytes, more than %d", len(text), maxRecord)
-	}
-	if err := os.MkdirAll(b.path(), 0o700); err != nil {
-		return fmt.Errorf("making the folder of sessions at boot: %w", err)
-	}
-	file := filepath.Join(b.path(), r.name())
-	if _, err := os.Stat(file); err != nil {
-		all, _ := os.ReadDir(b.path())
-		own := 0
-		for _, e := range all {
-			if strings.HasPrefix(e.Name(), fmt.Sprintf("%d-", r.UID)) {
-				own++
-			}
-		}
-		if len(all) >= maxRecords || own >= maxOwn {
-			return fmt.Errorf("%d sessions at boot are the most for one user, %d for this machine", maxOwn, maxRecords)
-		}
-	}
-	if err := writeWhole(file, append(text, '\n')); err != nil {
-		return fmt.Errorf("writing a session for the next boot: %w", err)
-	}
-	return nil
-}
-
-// writeWhole makes a file that is there whole or not at all, after a power loss too.
-func writeWhole(file string, text []byte) error {
-	tmp := file + ".new"
-	w, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(text)
-	if err = errors.Join(err, w.Sync(), w.Close()); err == nil {
-		err = os.Rename(tmp, file)
-	}
-	if err != nil {
-		os.Remove(tmp)
-	}
-	return err
-}
-
-func (b *bootStore) remove(r bootRecord) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := os.Remove(filepath.Join(b.path(), r.name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("forgetting a session at boot: %w", err)
-	}
-	return nil
-}
-
-func (b *bootStore) has(r bootRecord) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	_, err := os.Stat(filepath.Join(b.path(), r.name()))
-	return err == nil
-}
-
-// list returns all records; the error joins what was wrong with single ones.
-func (b *bootStore) list() (records []bootRecord, err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	entries, readErr := os.ReadDir(b.path())
-	if errors.Is(readErr, fs.ErrNotExist) {
-		return nil, nil
-	} else if readErr != nil {
-		return nil, fmt.Errorf("reading the sessions at boot: %w", readErr)
-	}
-	for _, e := range entries {
-		if !strings.HasSuffix(e.Name(), ".json") {
-			continue
-		}
-		text, readErr := os.ReadFile(filepath.Join(b.path(), e.Name()))
-		var r bootRecord
-		if readErr == nil {
-			dec := json.NewDecoder(bytes.NewReader(text[:min(len(text), maxRecord)]))
-			dec.DisallowUnknownFields()
-			readErr = dec.Decode(&r)
-		}
-		if readErr == nil && r.name() != e.Name() {
-			readErr = errors.New("its name is not that of its content")
-		}
-		if readErr != nil {
-			err = errors.Join(err, fmt.Errorf("reading session at boot %s: %w", e.Name(), readErr))
-			continue
-		}
-		records = append(records, r)
-	}
-	return records, err
+func newBootStore(dir string) *records[bootRecord] {
+	return &records[bootRecord]{dir: filepath.Join(dir, "boot"), what: "session at boot", most: maxRecords, own: maxOwn}
 }
 
 // resume connects the sessions that shall be there at boot, each until it was

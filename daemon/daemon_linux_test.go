@@ -199,7 +199,7 @@ func TestAtBoot(t *testing.T) {
 func TestAtBootRetries(t *testing.T) {
 	needRoot(t)
 	dir := workdir(t)
-	store := &bootStore{dir: filepath.Join(dir, "state")}
+	store := newBootStore(filepath.Join(dir, "state"))
 	record := bootRecord{UID: alice, Options: request("x", "do=fail").Options}
 	if err := store.save(record); err != nil {
 		t.Fatal(err)
@@ -226,7 +226,7 @@ func TestAtBootOutOfTheGroup(t *testing.T) {
 	needRoot(t)
 	for _, byRoot := range []bool{false, true} {
 		dir := workdir(t)
-		store := &bootStore{dir: filepath.Join(dir, "state")}
+		store := newBootStore(filepath.Join(dir, "state"))
 		if err := store.save(bootRecord{UID: mallet, Options: request("x", "do=fail").Options, ByRoot: byRoot}); err != nil {
 			t.Fatal(err)
 		}
@@ -242,7 +242,7 @@ func TestAtBootOutOfTheGroup(t *testing.T) {
 }
 
 func TestBootStoreIsBounded(t *testing.T) {
-	store := &bootStore{dir: t.TempDir()}
+	store := newBootStore(t.TempDir())
 	record := func(uid, i int) bootRecord {
 		return bootRecord{UID: uid, Options: api.Options{Context: fmt.Sprint(i)}}
 	}

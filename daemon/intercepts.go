@@ -209,7 +209,10 @@ func (s *session) interceptHandlers(conn *link.Conn) {
 		if err := decode(link.MethodKeep, params, &keep); err != nil {
 			return nil, nil, err
 		}
-		return nil, nil, s.sup.kept.set(s, keep)
+		if !keep {
+			return nil, nil, s.sup.kept.remove(s.kept())
+		}
+		return nil, nil, s.sup.kept.save(s.kept())
 	})
 }
 

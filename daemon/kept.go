@@ -2,20 +2,16 @@ package daemon
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-	"strings"
-	"sync"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 )
 
-// maxKept bounds the sessions with intercepts that are remembered over a crash.
-const maxKept = 256
+// The sessions with intercepts that are remembered over a crash, per machine and per
+// user: those that live, and those whose cluster does not answer.
+const maxKept, maxOwnKept = 256, 64
 
 // keptRecord is what outlives the daemon of a session that has intercepts: whose
 // it is and how to reach its cluster. What it changed there is in the user's own
@@ -27,89 +23,16 @@ type keptRecord struct {
 	ByRoot  bool        `json:"byRoot,omitempty"`
 }
 
-// keptStore keeps the records as files in dir, root's alone.
-type keptStore struct {
-	dir string
-	mu  sync.Mutex
+// name has the session's id, which the daemon chose.
+func (r keptRecord) name() string { return fmt.Sprintf("%d-%s.json", r.UID, r.ID) }
+
+func newKeptStore(dir string) *records[keptRecord] {
+	return &records[keptRecord]{dir: filepath.Join(dir, "intercepts"), what: "session with intercepts", most: maxKept, own: maxOwnKept}
 }
 
-func (k *keptStore) path() string { return filepath.Join(k.dir, "intercepts") }
-
-func (k *keptStore) file(id string) string { return filepath.Join(k.path(), id+".json") }
-
-// set keeps, or forgets, that s has intercepts.
-func (k *keptStore) set(s *session, keep bool) error {
-	if !keep {
-		return k.remove(s.id)
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	text, err := json.MarshalIndent(keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encoding a session with intercepts: %w", err)
-	}
-	if len(text) > maxRecord {
-		return fmt.Errorf("remembering a session with intercepts: its options are %d bytes, more than %d", len(text), maxRecord)
-	}
-	if err := os.MkdirAll(k.path(), 0o700); err != nil {
-		return fmt.Errorf("making the folder of sessions with intercepts: %w", err)
-	}
-	if there, _ := os.ReadDir(k.path()); len(there) >= maxKept {
-		return fmt.Errorf("%d sessions with intercepts are remembered, which is the most", len(there))
-	}
-	if err := writeWhole(k.file(s.id), append(text, '\n')); err != nil {
-		return fmt.Errorf("writing a session with intercepts: %w", err)
-	}
-	return nil
-}
-
-func (k *keptStore) remove(id string) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if err := os.Remove(k.file(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("forgetting a session with intercepts: %w", err)
-	}
-	return nil
-}
-
-// has tells whether a session is remembered.
-func (k *keptStore) has(id string) bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	_, err := os.Stat(k.file(id))
-	return err == nil
-}
-
-// list returns all records; what cannot be read is left where it is and told.
-func (k *keptStore) list() (records []keptRecord, err error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	entries, readErr := os.ReadDir(k.path())
-	if errors.Is(readErr, fs.ErrNotExist) {
-		return nil, nil
-	} else if readErr != nil {
-		return nil, fmt.Errorf("reading the sessions with intercepts: %w", readErr)
-	}
-	for _, e := range entries {
-		id, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok {
-			continue
-		}
-		text, readErr := os.ReadFile(k.file(id))
-		var r keptRecord
-		if readErr == nil {
-			readErr = json.Unmarshal(text, &r)
-		}
-		if readErr == nil && (r.ID != id || r.UID == 0) {
-			readErr = errors.New("it is not what its name says")
-		}
-		if readErr != nil {
-			err = errors.Join(err, fmt.Errorf("reading session with intercepts %s: %w", e.Name(), readErr))
-			continue
-		}
-		records = append(records, r)
-	}
-	return records, err
+// kept is what is remembered of s while it has intercepts.
+func (s *session) kept() keptRecord {
+	return keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}
 }
 
 // revert has what dead sessions left in clusters undone: for each record a
@@ -131,7 +54,7 @@ func (v *supervisor) revertOne(ctx context.Context, r keptRecord) {
 		err := v.tryRevert(ctx, r)
 		if err == nil {
 			log.Info("what the session had left in the cluster was undone")
-			if err := v.kept.remove(r.ID); err != nil {
+			if err := v.kept.remove(r); err != nil {
 				log.Error("forgetting it", "error", err)
 			}
 			return

@@ -24,8 +24,8 @@ type supervisor struct {
 	cfg     Config
 	log     *slog.Logger
 	machine *machine
-	boot    *bootStore
-	kept    *keptStore
+	boot    *records[bootRecord]
+	kept    *records[keptRecord]
 	hurry   chan struct{} // closed when the daemon ends
 	gid     int           // of the group that may use the daemon, -1: root only
 	wg      sync.WaitGroup
@@ -43,8 +43,8 @@ func newSupervisor(cfg Config, gid int) *supervisor {
 		cfg:      cfg,
 		gid:      gid,
 		log:      cfg.Log.With("part", "supervisor"),
-		boot:     &bootStore{dir: cfg.StateDir},
-		kept:     &keptStore{dir: cfg.StateDir},
+		boot:     newBootStore(cfg.StateDir),
+		kept:     newKeptStore(cfg.StateDir),
 		hurry:    make(chan struct{}),
 		sessions: make(map[string]*session),
 		watchers: make(map[*watcher]struct{}),
@@ -196,8 +196,7 @@ func (v *supervisor) ended(s *session) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.sessions, s.id)
-	if !v.stopping && !s.revert && v.kept.has(s.id) { // it could not undo all that it did in its cluster
-		r := keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}
+	if r := s.kept(); !v.stopping && !s.revert && v.kept.has(r) { // it could not undo all that it did in its cluster
 		v.wg.Go(func() { v.revertOne(v.running, r) })
 	}
 	s.env = nil
