@@ -58,6 +58,23 @@ func TestGateStateOfTheLast(t *testing.T) {
 	}
 }
 
+// TestGateStateOver: gates are told that a session is dead by who knows it, and by
+// nobody else.
+func TestGateStateOver(t *testing.T) {
+	_, c := newFleetAPI(t)
+	for _, dead := range []bool{true, false} {
+		if _, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1", 20001))); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.markDraining(t.Context(), UndoSpec{Namespace: "demo", Key: "web", Dead: dead}); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := c.GateState(t.Context(), "demo"); err != nil || !s.Entries["web"].Draining || s.Entries["web"].Over != dead {
+			t.Errorf("dead %v: %+v, %v", dead, s, err)
+		}
+	}
+}
+
 func TestGateStateChanges(t *testing.T) {
 	server, c := newFleetAPI(t)
 	s, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1", 20001)))

@@ -37,6 +37,9 @@ type UndoSpec struct {
 	// Session, if set, is whose it has to be: another's is left alone, without an
 	// error.
 	Session string
+	// Dead: the session is known to be over; what is open to it is reset, since
+	// nobody is at its other end.
+	Dead    bool
 	Drain   time.Duration     // for open connections; 0: only what is needed
 	Reached func(step string) // told each step when it begins; may be nil
 	Say     func(string)      // told what was done; may be nil
@@ -157,7 +160,7 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate stri
 func (c *Cluster) markDraining(ctx context.Context, u UndoSpec) error {
 	_, err := c.ChangeGateState(ctx, u.Namespace, func(s *intercept.State) error {
 		if e, ok := s.Entries[u.Key]; ok {
-			e.Draining = true
+			e.Draining, e.Over = true, u.Dead
 			s.Entries[u.Key] = e
 		}
 		return nil

@@ -91,6 +91,8 @@ func (x *intercepts) exposedAlready(i *intercepted) error {
 
 // applyExposed tells the agent all ports that it has to listen at.
 func (x *intercepts) applyExposed(ctx context.Context) error {
+	x.exposing.Lock()
+	defer x.exposing.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, exposeTime)
 	defer cancel()
 	x.mu.Lock()

@@ -33,8 +33,11 @@ type intercepts struct {
 	changed chan struct{} // capacity 1: the agent is another one, or the set changed
 	loops   sync.WaitGroup
 
-	// changing is held while one is started or ended.
+	// changing is held while one is started, or some are ended.
 	changing sync.Mutex
+	// saving and exposing are held while what there is is written down, or the agent
+	// is told: several may end at once, and the newest has to come last.
+	saving, exposing sync.Mutex
 
 	// mu guards everything below.
 	mu      sync.Mutex
@@ -242,6 +245,8 @@ func (x *intercepts) drop(ctx context.Context, i *intercepted) error {
 // there was something, journal and record stay until the session's end (forget): they
 // tell of its agent and its Lease, too.
 func (x *intercepts) save(ctx context.Context) error {
+	x.saving.Lock()
+	defer x.saving.Unlock()
 	s := x.session
 	x.mu.Lock()
 	list := make([]saved, 0, len(x.all))

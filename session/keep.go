@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
@@ -184,24 +185,30 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 		}
 		return nil, e
 	}
-	var ended []api.Intercept
-	for _, i := range ours {
+	// All at once: each waits until every node knows that gates are out of it.
+	views, trouble := make([]api.Intercept, len(ours)), make([]error, len(ours))
+	var wg sync.WaitGroup
+	for n, i := range ours {
 		x.mu.Lock()
-		view := x.viewLocked(i)
+		views[n] = x.viewLocked(i)
 		left, stay := i.portsOf(req)
 		x.mu.Unlock()
 		if len(stay) > 0 {
-			view.Ports = left
-			if err := x.leavePorts(ctx, i, left, stay); err != nil {
-				return ended, err
-			}
-			ended = append(ended, view)
+			views[n].Ports = left
+			trouble[n] = x.leavePorts(ctx, i, left, stay)
 			continue
 		}
-		if err := x.stop(ctx, i, req.Drain, say); err != nil {
-			return ended, err
+		wg.Go(func() { trouble[n] = x.stop(ctx, i, req.Drain, say) })
+	}
+	wg.Wait()
+	var ended []api.Intercept
+	for n, view := range views {
+		if trouble[n] == nil {
+			ended = append(ended, view)
 		}
-		ended = append(ended, view)
+	}
+	if err := errors.Join(trouble...); err != nil {
+		return ended, err
 	}
 	if err := x.endHeartbeats(ctx, ours); err != nil {
 		x.session.log.Warn("deleting a heartbeat", "err", err)

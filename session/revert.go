@@ -51,7 +51,7 @@ func (s *Session) revertOnce(ctx context.Context) error {
 		}
 		namespaces[i.Namespace] = true
 		s.log.Info("undoing an intercept", "namespace", i.Namespace, "service", i.Service)
-		trouble = append(trouble, c.Undo(ctx, cluster.UndoSpec{Namespace: i.Namespace, Key: i.Key, Session: s.id}))
+		trouble = append(trouble, c.Undo(ctx, cluster.UndoSpec{Namespace: i.Namespace, Key: i.Key, Session: s.id, Dead: true}))
 	}
 	if err := errors.Join(trouble...); err != nil {
 		return err

@@ -79,7 +79,7 @@ func (x *intercepts) gone(ctx context.Context, namespace string, h intercept.Hol
 func (x *intercepts) takeOver(ctx context.Context, req api.InterceptRequest, held *cluster.Held) error {
 	x.changing.Lock()
 	defer x.changing.Unlock()
-	return x.session.cluster.Undo(ctx, cluster.UndoSpec{Namespace: held.Namespace, Key: held.Key, Session: held.Holder.Session})
+	return x.session.cluster.Undo(ctx, cluster.UndoSpec{Namespace: held.Namespace, Key: held.Key, Session: held.Holder.Session, Dead: true})
 }
 
 // tryStart plans and starts one.

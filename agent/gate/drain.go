@@ -24,7 +24,8 @@ import (
 //     the connection is closed when its last stream has ended.
 //   - others: closed once nothing has flowed for a second.
 //
-// What is open when the drain is over is reset.
+// What is open when the drain is over is reset, and at once what leads to a session
+// that is dead.
 
 // drainLocked begins a drain of every connection that must end. g.mu is held.
 func (g *Gate) drainLocked() {
@@ -65,8 +66,13 @@ func (g *Gate) resetAgent(w *watcher) {
 	}
 }
 
-// drain begins the drain of c, once.
+// drain begins the drain of c, once. What leads to a session that is dead would
+// wait for it in vain. gate.mu is held.
 func (c *conn) drain() {
+	if c.watch != nil && c.route.spec.Load().over {
+		c.reset()
+		return
+	}
 	if c.until.Load() != 0 {
 		return
 	}

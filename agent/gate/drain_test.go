@@ -464,6 +464,37 @@ func TestAcceptsWhileLeaving(t *testing.T) {
 	}
 }
 
+// TestDrainOver: what is open to a session that is dead is reset at once, and what
+// is open to the origin is not.
+func TestDrainOver(t *testing.T) {
+	a := startAgent(t, nil)
+	g := startGate(t, Config{}, nil)
+	toMachine := tcpRoute(t, "", a.machine())
+	toOrigin := tcpRoute(t, serve(t, lines("origin")), nil)
+	s := stateOf(1, toMachine, toOrigin)
+	g.push(s)
+	g.machineIs(intercept.Accepted)
+	machine, origin := dial(t, toMachine.Listen), dial(t, toOrigin.Listen)
+	if got := ask(t, machine, "x"); got != "machine: x\n" {
+		t.Fatalf("answer %q", got)
+	}
+	if got := ask(t, origin, "x"); got != "origin: x\n" {
+		t.Fatalf("answer %q", got)
+	}
+	s = draining(s)
+	e := s.Entries["web"]
+	e.Over = true
+	s.Entries["web"] = e
+	g.push(s)
+	_ = machine.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := machine.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("open to the dead session: %v", err)
+	}
+	if got := ask(t, origin, "y"); got != "origin: y\n" {
+		t.Errorf("answer %q", got)
+	}
+}
+
 // TestEndsWithItsLastEntry: after SIGTERM a gate does not wait for connections that
 // its state says nobody makes any more, whether it is told before or after.
 func TestEndsWithItsLastEntry(t *testing.T) {

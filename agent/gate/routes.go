@@ -39,6 +39,7 @@ type spec struct {
 	intercept.Route
 	key      string
 	draining bool
+	over     bool     // draining, and nobody is at the machine's end
 	watch    *watcher // of its machine, nil without one
 }
 
@@ -100,7 +101,7 @@ func (g *Gate) applyLocked() {
 				g.failed[at] = fmt.Sprintf("asked for by %s and %s", other.key, key)
 				continue
 			}
-			s := &spec{Route: r, key: key, draining: e.Draining}
+			s := &spec{Route: r, key: key, draining: e.Draining, over: e.Draining && e.Over}
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
 			}

@@ -49,6 +49,8 @@ func TestConflict(t *testing.T) {
 	alice := aliceAt(t)
 	alice.connect(t)
 	alice.serve(t, "127.0.0.1")
+	// The gates go on from one part to the next.
+	alice.intercept(t, "exchange", "twins", "--expose", "8080:one")
 	force := func(t *testing.T, manifest string) { t.Helper(); ownerApplies(t, manifest, "--force-conflicts") }
 	// What the Service is when its owner alone has applied this.
 	alone := func(t *testing.T, manifest string) []string {

@@ -93,7 +93,16 @@ func (d developer) intercept(t *testing.T, args ...string) api.Intercept {
 	if r.Code != 0 || err != nil {
 		t.Fatalf("culvert %v: %v, %v\nlogs: %v\ndaemon:\n%s", args, err, r, d.Culvert(d.user, "logs"), d.Tail(20))
 	}
-	t.Cleanup(func() { d.leave(t, "--all") })
+	t.Cleanup(func() {
+		if i.Service == "" || i.Namespace != "shop" {
+			d.leave(t, "--all")
+			return
+		}
+		// That one only: a test may have others for longer. It may have ended before.
+		if r := d.culvert("leave", i.Service); r.Code != 0 {
+			t.Logf("culvert leave %s: %s", i.Service, strings.TrimSpace(r.Stderr))
+		}
+	})
 	if i.State != api.InterceptActive {
 		t.Errorf("culvert %v: %+v", args, i)
 	}

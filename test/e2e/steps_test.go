@@ -311,17 +311,25 @@ func TestResumed(t *testing.T) {
 	alice.serve(t, "127.0.0.1")
 	before := listNamespace(t, "shop")
 	alice.intercept(t, "exchange", "cart", "--expose", "8080:80")
-	load := startLoad(t, "node1", "http://"+cartPort(t, 80)+"/who", 10*time.Second, "--keepalive=false")
+	load := startLoad(t, "node1", "http://"+cartPort(t, 80)+"/who", time.Minute, "--keepalive=false")
 	time.Sleep(time.Second)
-	killed := time.Now()
+	session := alice.pid()
 	if err := lab.KillDaemon(); err != nil {
 		t.Fatal(err)
 	}
+	stands(t, session)
+	killed := time.Now()
 	time.Sleep(time.Second)
 	if err := lab.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
-	got := load.wait(t)
+	eventually(t, 20*time.Second, func() error {
+		if s := status(t, netlab.Alice); len(s) > 0 && s[0].State != api.Connected {
+			return fmt.Errorf("the session is %s", s[0].State)
+		}
+		return nil
+	})
+	got := load.stop(t)
 	got.onlyOpen(t, killed)
 	if got.Gap > ms(failOpen) {
 		t.Errorf("nobody answered for %v ms", got.Gap)

@@ -28,6 +28,9 @@ type Entry struct {
 	Routes []Route `json:"routes"`
 	// Draining: new connections go to the origin, open ones are asked to end.
 	Draining bool `json:"draining,omitempty"`
+	// Over: with Draining, the holder's session is dead; what is open to it has
+	// nobody at its end and is reset.
+	Over bool `json:"over,omitempty"`
 }
 
 // GateName is the Deployment that serves a namespace; its ConfigMap has the same
