@@ -118,7 +118,7 @@ func (c *Cluster) removeLeftover(ctx context.Context, l Leftover) error {
 		if l.Name != "" {
 			return undo(l.Name)
 		}
-		_, _, err := c.RemoveGateEntry(ctx, l.Namespace, "")
+		_, _, err := c.RemoveGateEntry(ctx, l.Namespace, "", "")
 		return err
 	case LeftoverDelete:
 		return c.RemoveLeftover(ctx, l)

@@ -52,7 +52,7 @@ func TestGatesComeAndGo(t *testing.T) {
 	t.Cleanup(func() {
 		cleaning, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		if _, _, err := c.RemoveGateEntry(cleaning, ns, "web"); err != nil {
+		if _, _, err := c.RemoveGateEntry(cleaning, ns, "web", ""); err != nil {
 			t.Error(err)
 		}
 	})
@@ -89,7 +89,7 @@ func TestGatesComeAndGo(t *testing.T) {
 				t.Errorf("%s: %+v", pod.Name, pod.Status) // sysctls that a node forbids fail the pod
 			}
 		}
-		if last, _, err := c.RemoveGateEntry(ctx, ns, "web"); err != nil || !last {
+		if last, _, err := c.RemoveGateEntry(ctx, ns, "web", ""); err != nil || !last {
 			t.Fatalf("last %v, %v", last, err)
 		}
 	}
@@ -127,7 +127,7 @@ func TestOwnGatesAreDeleted(t *testing.T) {
 	if err != nil || len(pods.Items) != 0 {
 		t.Errorf("%d pods, %v", len(pods.Items), err)
 	}
-	if last, _, err := c.RemoveGateEntry(ctx, ns, "headless"); err != nil || !last {
+	if last, _, err := c.RemoveGateEntry(ctx, ns, "headless", ""); err != nil || !last {
 		t.Errorf("last %v, %v", last, err)
 	}
 }
@@ -199,7 +199,7 @@ func TestPoliciesOnServer(t *testing.T) {
 	if versions[0] != versions[1] {
 		t.Error("the second time wrote what was the same")
 	}
-	if err := c.DeletePolicies(ctx, ns, spec.Service); err != nil {
+	if err := c.DeletePolicies(ctx, ns, spec.Service, ""); err != nil {
 		t.Fatal(err)
 	}
 	all, err := c.client.NetworkPolicies(ns).List(ctx, metav1.ListOptions{LabelSelector: ofCulvert})
@@ -219,7 +219,7 @@ func TestGatesAreToldOnServer(t *testing.T) {
 	admin, c := as(t, "admin", ns), as(t, "developer", ns)
 	ctx := within(t, 2*time.Minute)
 	spec := GateSpec{Name: intercept.GateName, Agent: AgentSpec{Image: image}}
-	t.Cleanup(func() { _, _, _ = c.RemoveGateEntry(context.Background(), ns, "web") })
+	t.Cleanup(func() { _, _, _ = c.RemoveGateEntry(context.Background(), ns, "web", "") })
 	entry := testEntry(intercept.GateName, "s1", 20001)
 	entry.Routes[0].Origin = "192.0.2.1:80" // nobody, see RFC 5737
 	_, err := c.ChangeGateState(ctx, ns, addEntry("web", entry))
@@ -282,7 +282,7 @@ func TestGatesAreToldOnServer(t *testing.T) {
 	}
 	t.Logf("told after %v", time.Since(begun))
 	// In time for the last one out, and the first one in while they drain.
-	if last, _, err := c.RemoveGateEntry(ctx, ns, "web"); err != nil || !last {
+	if last, _, err := c.RemoveGateEntry(ctx, ns, "web", ""); err != nil || !last {
 		t.Fatalf("last %v, %v", last, err)
 	}
 	for range 2 {

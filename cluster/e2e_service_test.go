@@ -321,7 +321,7 @@ func TestWatchReplan(t *testing.T) {
 			if err := <-done; err != nil {
 				t.Error(err)
 			}
-			if err := c.DeleteOrigin(ctx, interceptedNamespace, "web"); err != nil {
+			if err := c.DeleteOrigin(ctx, interceptedNamespace, "web", ""); err != nil {
 				t.Error(err)
 			}
 			if got := web(t, c).Spec.Selector; !maps.Equal(got, map[string]string{"app": "web2"}) {
@@ -353,7 +353,7 @@ func TestOriginOnCluster(t *testing.T) {
 		t.Errorf("%v, %v", origin, err)
 	}
 	for range 2 {
-		if err := c.DeleteOrigin(ctx, interceptedNamespace, "web"); err != nil {
+		if err := c.DeleteOrigin(ctx, interceptedNamespace, "web", ""); err != nil {
 			t.Error(err)
 		}
 	}
@@ -479,7 +479,7 @@ func runCut(t *testing.T, c *Cluster, cut *cutTransport) bool {
 	if _, err := dying.Restore(ctx, interceptedNamespace, "web", "s1"); err != nil {
 		return false
 	}
-	return dying.DeleteOrigin(ctx, interceptedNamespace, "web") == nil
+	return dying.DeleteOrigin(ctx, interceptedNamespace, "web", "") == nil
 }
 
 // The namespace goes with the last of these tests.

@@ -278,7 +278,7 @@ func AllocatePorts(s *intercept.State, gate string, n int) []uint16 {
 // deletes the ConfigMap, which takes Deployments and budgets of gates with it;
 // whoever comes in at the same moment either keeps it alive or makes it anew. An
 // entry that does not exist is no error. Errors are *api.Error.
-func (c *Cluster) RemoveGateEntry(ctx context.Context, namespace, key string) (last bool, state *intercept.State, err error) {
+func (c *Cluster) RemoveGateEntry(ctx context.Context, namespace, key, session string) (last bool, state *intercept.State, err error) {
 	what := fmt.Sprintf("removing %s from ConfigMap %s in namespace %q", key, intercept.GateName, namespace)
 	err = c.contend(ctx, what, func() error {
 		now, err := c.readGateState(ctx, namespace)
@@ -292,6 +292,9 @@ func (c *Cluster) RemoveGateEntry(ctx context.Context, namespace, key string) (l
 		before, err := now.entries()
 		if err != nil {
 			return err
+		}
+		if e, ok := now.Entries[key]; ok && session != "" && e.Holder.Session != session {
+			return nil // somebody has it by now
 		}
 		delete(now.Entries, key)
 		if len(now.Entries) == 0 {

@@ -39,7 +39,7 @@ func TestGateStateOfNothing(t *testing.T) {
 	if err != nil || s.Generation != 0 || s.Entries == nil || len(s.Entries) != 0 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	if last, _, err := c.RemoveGateEntry(t.Context(), "demo", "web"); err != nil || !last {
+	if last, _, err := c.RemoveGateEntry(t.Context(), "demo", "web", ""); err != nil || !last {
 		t.Errorf("last %v, %v", last, err)
 	}
 }
@@ -52,7 +52,7 @@ func TestGateStateOfTheLast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	last, rest, err := c.RemoveGateEntry(t.Context(), "demo", "web")
+	last, rest, err := c.RemoveGateEntry(t.Context(), "demo", "web", "")
 	if err != nil || !last || len(rest.Entries) != 0 || rest.Generation <= s.Generation {
 		t.Errorf("last %v, %+v after generation %d, %v", last, rest, s.Generation, err)
 	}
@@ -66,7 +66,7 @@ func TestGateStateOver(t *testing.T) {
 		if _, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1", 20001))); err != nil {
 			t.Fatal(err)
 		}
-		if err := c.markDraining(t.Context(), UndoSpec{Namespace: "demo", Key: "web", Dead: dead}); err != nil {
+		if err := c.markDraining(t.Context(), UndoSpec{Namespace: "demo", Key: "web", Dead: dead}, "s1", true); err != nil {
 			t.Fatal(err)
 		}
 		if s, err := c.GateState(t.Context(), "demo"); err != nil || !s.Entries["web"].Draining || s.Entries["web"].Over != dead {
@@ -116,7 +116,7 @@ func TestGateStateKeepsWhatItDoesNotKnow(t *testing.T) {
 	if _, err := c.ChangeGateState(t.Context(), "demo", addEntry("web", testEntry("culvert-gate", "s1"))); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.RemoveGateEntry(t.Context(), "demo", "web"); err != nil {
+	if _, _, err := c.RemoveGateEntry(t.Context(), "demo", "web", ""); err != nil {
 		t.Fatal(err)
 	}
 	m, err := c.client.ConfigMaps("demo").Get(t.Context(), "culvert-gate", metav1.GetOptions{})
@@ -133,7 +133,7 @@ func TestGateStateRefuses(t *testing.T) {
 	if _, err := c.GateState(t.Context(), "demo"); !errors.As(err, &e) || e.Code != api.CodeExists {
 		t.Errorf("somebody else's ConfigMap: %v", err)
 	}
-	if _, _, err := c.RemoveGateEntry(t.Context(), "demo", "web"); err == nil || len(server.list("ConfigMap")) != 1 {
+	if _, _, err := c.RemoveGateEntry(t.Context(), "demo", "web", ""); err == nil || len(server.list("ConfigMap")) != 1 {
 		t.Errorf("somebody else's ConfigMap: %v", err)
 	}
 	m.Labels = map[string]string{LabelManagedBy: "culvert"}
@@ -208,7 +208,7 @@ func manyWriters(t *testing.T, open func() *Cluster, namespace string) {
 	var mu sync.Mutex
 	lasts := 0
 	each(func(c *Cluster, key string) error {
-		last, left, err := c.RemoveGateEntry(ctx, namespace, key)
+		last, left, err := c.RemoveGateEntry(ctx, namespace, key, "")
 		mu.Lock()
 		defer mu.Unlock()
 		if last {
@@ -255,7 +255,7 @@ func TestGateStateLastOutMeetsFirstIn(t *testing.T) {
 		if when == "after it" {
 			_, err = c.ChangeGateState(t.Context(), "demo", addEntry("new", testEntry("culvert-gate", "s2")))
 		} else {
-			last, _, err = c.RemoveGateEntry(t.Context(), "demo", "old")
+			last, _, err = c.RemoveGateEntry(t.Context(), "demo", "old", "")
 		}
 		s, readErr := c.GateState(t.Context(), "demo")
 		if err != nil || readErr != nil || len(s.Entries) != 1 || s.Entries["new"].Holder.Session != "s2" {

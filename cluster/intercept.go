@@ -89,9 +89,9 @@ const (
 
 	StepRestore       = "restore"
 	StepDrain         = "drain"
-	StepEntryRemoved  = "entry-removed"
 	StepOriginDeleted = "origin-deleted"
 	StepPolicyDeleted = "policy-deleted"
+	StepEntryRemoved  = "entry-removed"
 	StepGatesGone     = "gates-gone"
 	StepLeaseDeleted  = "lease-deleted"
 )
@@ -99,7 +99,7 @@ const (
 // StartSteps and StopSteps are all of them.
 var (
 	StartSteps = []string{StepLease, StepEntry, StepOrigin, StepGates, StepPolicy, StepPush, StepReach, StepSwitch, StepActive}
-	StopSteps  = []string{StepRestore, StepDrain, StepEntryRemoved, StepOriginDeleted, StepPolicyDeleted, StepGatesGone, StepLeaseDeleted}
+	StopSteps  = []string{StepRestore, StepDrain, StepOriginDeleted, StepPolicyDeleted, StepEntryRemoved, StepGatesGone, StepLeaseDeleted}
 )
 
 // PlanIntercept looks at everything that could be wrong and changes nothing.
@@ -270,7 +270,10 @@ func (i *Intercept) enter(s *intercept.State) error {
 		}
 	}
 	serves := map[PortKey]bool{} // at gates of its own two ports of a Service may be one
-	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder}
+	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder, Replicas: before.Replicas}
+	if h, ok := i.head.(*scaleHead); ok && h.plan.UID != "" {
+		e.Replicas = h.plan.Replicas
+	}
 	for k, p := range ports {
 		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number), Backends: had[p.Key()].Backends}
 		switch {

@@ -157,7 +157,7 @@ func TestLeftoverGatesWithoutEntries(t *testing.T) {
 	if err != nil || len(left) != 1 || left[0].Action != LeftoverTakeOut || left[0].Name != "" {
 		t.Fatalf("%+v, %v", left, err)
 	}
-	if last, _, err := c.RemoveGateEntry(t.Context(), "demo", left[0].Name); err != nil || !last || len(server.list("ConfigMap")) != 0 {
+	if last, _, err := c.RemoveGateEntry(t.Context(), "demo", left[0].Name, ""); err != nil || !last || len(server.list("ConfigMap")) != 0 {
 		t.Errorf("%v, %v", last, err)
 	}
 }

@@ -54,7 +54,7 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 		}
 		for k := range page.Items {
 			s := &page.Items[k]
-			preview := s.Annotations[AnnotationPreview] != ""
+			preview := isPreview(s)
 			if s.Labels[LabelManagedBy] == "culvert" && !preview {
 				continue // an origin
 			}

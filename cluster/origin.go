@@ -68,16 +68,16 @@ func (c *Cluster) EnsureOrigin(ctx context.Context, plan *ServicePlan, session s
 	}
 }
 
-// DeleteOrigin deletes the origin of a Service. What is not there, or not
-// culvert's, is left alone.
-func (c *Cluster) DeleteOrigin(ctx context.Context, namespace, service string) error {
+// DeleteOrigin deletes the origin of a Service; with a session only its own. What
+// is not there, or not culvert's, is left alone.
+func (c *Cluster) DeleteOrigin(ctx context.Context, namespace, service, session string) error {
 	doing := fmt.Sprintf("deleting Service %s/%s", namespace, OriginName(service))
 	services := c.client.Services(namespace)
 	live, err := services.Get(ctx, OriginName(service), metav1.GetOptions{})
-	if err == nil && isOrigin(live) {
-		err = services.Delete(ctx, live.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &live.UID}})
+	if err == nil && isOrigin(live) && (session == "" || live.Labels[LabelSession] == session) {
+		err = services.Delete(ctx, live.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &live.UID, ResourceVersion: &live.ResourceVersion}})
 	}
-	// A conflict says that another one has the name by now.
+	// A conflict says that another one has the name, or the object, by now.
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
 		return nil
 	}

@@ -60,7 +60,7 @@ func TestOriginEnsure(t *testing.T) {
 		t.Errorf("%+v, %v", again, err)
 	}
 	for range 2 {
-		if err := c.DeleteOrigin(t.Context(), "demo", "web"); err != nil || s.services[origin.Name] != nil {
+		if err := c.DeleteOrigin(t.Context(), "demo", "web", ""); err != nil || s.services[origin.Name] != nil {
 			t.Error(err)
 		}
 	}
@@ -75,7 +75,7 @@ func TestOriginOfOthers(t *testing.T) {
 	}
 	_, err = c.EnsureOrigin(t.Context(), plan, "s1")
 	wantError(t, err, api.CodeExists, OriginName("web"), "not culvert's")
-	if err := c.DeleteOrigin(t.Context(), "demo", "web"); err != nil || s.services[OriginName("web")] == nil {
+	if err := c.DeleteOrigin(t.Context(), "demo", "web", ""); err != nil || s.services[OriginName("web")] == nil {
 		t.Errorf("%v", err)
 	}
 }

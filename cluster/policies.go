@@ -241,9 +241,10 @@ func policyError(p *networkingv1.NetworkPolicy, err error) error {
 	}
 }
 
-// DeletePolicies deletes what EnsurePolicies made for a Service, by its key, also
+// DeletePolicies deletes what EnsurePolicies made for a Service, by its key (with a
+// session only its own), also
 // in the session's own namespace. Errors are *api.Error.
-func (c *Cluster) DeletePolicies(ctx context.Context, namespace, service string) error {
+func (c *Cluster) DeletePolicies(ctx context.Context, namespace, service, session string) error {
 	spec := PolicySpec{Service: service}
 	for _, ns := range slices.Compact([]string{namespace, c.namespace}) {
 		what := fmt.Sprintf("deleting NetworkPolicies of %s in namespace %q", service, ns)
@@ -256,6 +257,9 @@ func (c *Cluster) DeletePolicies(ctx context.Context, namespace, service string)
 			return translate(what, err)
 		}
 		for _, p := range list.Items {
+			if session != "" && p.Labels[LabelSession] != session {
+				continue
+			}
 			err := policies.Delete(ctx, p.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &p.UID}})
 			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
 				return translate(what, err)

@@ -301,7 +301,7 @@ func TestEnsurePolicies(t *testing.T) {
 	if _, _, err := c.EnsurePolicies(t.Context(), "demo", moved); err != nil || server.writes != before+1 {
 		t.Errorf("%d writes, %v", server.writes-before, err)
 	}
-	if err := c.DeletePolicies(t.Context(), "demo", "web"); err != nil {
+	if err := c.DeletePolicies(t.Context(), "demo", "web", ""); err != nil {
 		t.Fatal(err)
 	}
 	if got := server.list("NetworkPolicy"); !slices.Equal(got, []string{"culvert-db-gates", "web"}) {
@@ -322,7 +322,7 @@ func TestPoliciesWithoutRights(t *testing.T) {
 	if made, notes, err := c.EnsurePolicies(t.Context(), "demo", testPolicySpec()); err != nil || len(made) != 0 || len(notes) != 1 {
 		t.Errorf("%v, %v, %v", made, notes, err)
 	}
-	if err := c.DeletePolicies(t.Context(), "demo", "web"); err != nil {
+	if err := c.DeletePolicies(t.Context(), "demo", "web", ""); err != nil {
 		t.Error(err)
 	}
 	server.denied = nil

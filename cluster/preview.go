@@ -20,6 +20,15 @@ import (
 // AnnotationPreview marks a Service that culvert made; its value is the Record.
 const AnnotationPreview = "culvert.dev/preview"
 
+// isPreview tells whether a Service is one of culvert's previews: the annotation alone
+// may have been copied with somebody's manifest.
+func isPreview(s *corev1.Service) bool {
+	return s.Labels[LabelManagedBy] == "culvert" && s.Labels[LabelName] == previewApp && s.Annotations[AnnotationPreview] != ""
+}
+
+// previewApp is the LabelName of previews.
+const previewApp = "culvert-preview"
+
 // previewHead is a Service, and perhaps an Ingress, of culvert's own.
 type previewHead struct {
 	c    *Cluster
@@ -57,7 +66,7 @@ func (c *Cluster) planPreviewHead(ctx context.Context, i *Intercept) error {
 	switch {
 	case err == nil && there.Labels[LabelSession] == i.spec.Holder.Session:
 		return &api.Error{Code: api.CodeExists, Message: fmt.Sprintf("you preview %s already", name), Hint: "culvert leave " + name}
-	case err == nil && there.Annotations[AnnotationPreview] != "":
+	case err == nil && isPreview(there):
 		var r Record
 		_ = json.Unmarshal([]byte(there.Annotations[AnnotationPreview]), &r) // the names of nobody, if it is no record
 		return heldBy(ns, name, name, intercept.Holder{Session: r.Session, User: r.User, Since: r.Since})
@@ -129,7 +138,7 @@ func (h *previewHead) lead(ctx context.Context, i *Intercept, routes []intercept
 	s := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{
 			Name: h.spec.Target, Namespace: i.spec.Namespace,
-			Labels:      map[string]string{LabelName: "culvert-preview", LabelManagedBy: "culvert", LabelSession: r.Session},
+			Labels:      map[string]string{LabelName: previewApp, LabelManagedBy: "culvert", LabelSession: r.Session},
 			Annotations: map[string]string{AnnotationPreview: string(text), AnnotationUser: r.User},
 		},
 		Spec: corev1.ServiceSpec{Selector: GateSelector(i.Gate)},

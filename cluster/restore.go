@@ -9,6 +9,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/culvert-dev/culvert/daemon/api"
 )
 
 // Restored is what Restore did.
@@ -111,4 +113,36 @@ func (r *Record) differences(live, below *corev1.Service) (done, theirs []string
 		}
 	}
 	return done, theirs
+}
+
+// restoreFromOrigin is for a Service that leads to gates though its Record is gone:
+// the origin has the selector and the targetPorts of before. led: it did lead there.
+// Without origin it is an error, and what serves it now has to stay.
+func (c *Cluster) restoreFromOrigin(ctx context.Context, live *corev1.Service) (led bool, err error) {
+	if live.Spec.Selector[LabelGate] == "" {
+		return false, nil
+	}
+	what := fmt.Sprintf("restoring Service %s/%s, whose annotation %s is gone", live.Namespace, live.Name, AnnotationIntercept)
+	origin, err := c.client.Services(live.Namespace).Get(ctx, OriginName(live.Name), metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return false, translateService(what, err)
+	}
+	if err != nil || !isOrigin(origin) {
+		return false, &api.Error{Code: api.CodeConflict,
+			Message: what + ": nothing tells what it selected before; the gates stay",
+			Hint:    fmt.Sprintf("set its selector and targetPorts as its owner wants them (kubectl apply), then `culvert recover %s -n %s`", live.Name, live.Namespace)}
+	}
+	want := live.DeepCopy()
+	want.Spec.Selector = origin.Spec.Selector
+	for i := range want.Spec.Ports {
+		for _, p := range origin.Spec.Ports {
+			if keyOf(p) == keyOf(want.Spec.Ports[i]) {
+				want.Spec.Ports[i].TargetPort = p.TargetPort
+			}
+		}
+	}
+	if _, err := c.patchService(ctx, live, specOps(live, want)); err != nil {
+		return false, translateService(what, err)
+	}
+	return true, nil
 }

@@ -273,7 +273,8 @@ func scaledByCulvert(o *scaledObject) bool {
 	return err == nil && (!only(ours, isReplicas).Empty() || len(others) == 0)
 }
 
-// awaitScaled waits for the pods until the deadline of ctx, which is no error.
+// awaitScaled waits for the pods until ctx is done: then the record stays, and what
+// stands in for them, for another try.
 func (c *Cluster) awaitScaled(ctx context.Context, kind string, back *ScaledBack, namespace, name string, progress func(string)) error {
 	said := ""
 	for {
@@ -297,10 +298,12 @@ func (c *Cluster) awaitScaled(ctx context.Context, kind string, back *ScaledBack
 		}
 		select {
 		case <-ctx.Done():
-			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return nil
+			return &api.Error{
+				Code: api.CodeTimeout,
+				Message: fmt.Sprintf("%s %s/%s has its %d replicas back, but only %d of %d pods are ready; what stands in for them stays until they are",
+					kind, namespace, name, back.Replicas, back.Ready, back.Record.Ready),
+				Hint: fmt.Sprintf("`kubectl -n %s get pods` shows why; it goes on by itself, or with `culvert recover %s/%s`", namespace, strings.ToLower(kind), name),
 			}
-			return ctx.Err()
 		case <-time.After(pollGone):
 		}
 	}

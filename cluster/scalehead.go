@@ -137,39 +137,35 @@ func (c *Cluster) resumeScaleHead(ctx context.Context, namespace string, e inter
 	return &scaleHead{c: c, plan: plan, list: portsOfEntry(e)}, nil
 }
 
-// scaleBack puts a workload's replicas back. led: they were away.
-func (c *Cluster) scaleBack(ctx context.Context, u UndoSpec) (led bool, gate string, err error) {
+// scaleBack puts a workload's replicas back.
+func (c *Cluster) scaleBack(ctx context.Context, u UndoSpec, entry intercept.Entry) (ledBack, error) {
 	rest := strings.TrimPrefix(u.Key, scalePrefix)
 	kind, name, _ := strings.Cut(rest, ".")
 	kind = firstOf(kindNames[kind], kind)
-	if u.Session != "" {
-		o, err := c.scaledObject(ctx, kind, u.Namespace, name)
-		if apierrors.IsNotFound(err) {
-			return false, "", nil
-		}
-		if err != nil {
-			return false, "", translate("looking at "+kind+" "+name, err)
-		}
-		if r := readScaleRecord(o.meta); r != nil && r.Session != u.Session {
-			return false, "", nil
-		}
+	o, err := c.scaledObject(ctx, kind, u.Namespace, name)
+	if apierrors.IsNotFound(err) {
+		return ledBack{}, nil
+	}
+	if err != nil {
+		return ledBack{}, translate("looking at "+kind+" "+name, err)
+	}
+	r := readScaleRecord(o.meta)
+	if r != nil && u.Session != "" && r.Session != u.Session {
+		return ledBack{foreign: true}, nil
+	}
+	if r == nil && o.replicas == 0 && entry.Replicas > 0 {
+		return ledBack{}, &api.Error{Code: api.CodeConflict,
+			Message: fmt.Sprintf("%s %s/%s has 0 replicas, and somebody removed the annotation %s: what stands in for its pods stays", kind, u.Namespace, name, AnnotationScaled),
+			Hint:    fmt.Sprintf("kubectl -n %s scale %s/%s --replicas=%d, then culvert recover %[2]s/%[3]s", u.Namespace, strings.ToLower(kind), name, entry.Replicas)}
 	}
 	waiting, cancel := context.WithTimeout(ctx, scaleBackTime)
 	defer cancel()
 	back, err := c.ScaleBack(waiting, u.Namespace, kind, name, u.Say)
-	if back.Record == nil {
-		return false, "", err
+	if err != nil || back.Record == nil {
+		return ledBack{}, err
 	}
 	if back.Theirs {
 		u.Say(fmt.Sprintf("the %d replicas of %s are somebody else's and stay", back.Replicas, name))
 	}
-	if err != nil {
-		return true, back.Record.Gate, err
-	}
-	if back.Ready < back.Record.Ready && !back.Theirs {
-		return true, back.Record.Gate, &api.Error{Code: api.CodeTimeout,
-			Message: fmt.Sprintf("%s %s has its replicas back, but only %d of %d pods are ready; the pods that stand in stay until they are", kind, name, back.Ready, back.Record.Ready),
-			Hint:    "`kubectl -n " + u.Namespace + " get pods` shows why; culvert recover " + strings.ToLower(kind) + "/" + name + " goes on"}
-	}
-	return true, back.Record.Gate, nil
+	return ledBack{led: true, gate: back.Record.Gate, session: back.Record.Session}, nil
 }

@@ -46,8 +46,10 @@ type UndoSpec struct {
 }
 
 // Undo ends an intercept with nothing but what the cluster knows of it. First
-// the traffic is led back, then everything is deleted; a failure of the former
-// leaves the latter alone. It is idempotent: each step finds what is there.
+// the traffic is led back, then everything is deleted, last the entry in the gates'
+// state, which is the lock of the Service: until then nobody else can have it, and
+// what bears the Service's name is this intercept's. When the traffic cannot be led
+// back nothing is deleted. It is idempotent: each step finds what is there.
 func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	if u.Reached == nil {
 		u.Reached = func(string) {}
@@ -55,47 +57,72 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	if u.Say == nil {
 		u.Say = func(string) {}
 	}
-	state, err := c.GateState(ctx, u.Namespace)
-	if err != nil {
-		return err
+	// A state that cannot be read is no reason to leave the Service with the gates.
+	state, stateErr := c.GateState(ctx, u.Namespace)
+	var entry intercept.Entry
+	known := false
+	if stateErr == nil {
+		if entry, known = state.Entries[u.Key]; known && u.Session != "" && entry.Holder.Session != u.Session {
+			return nil
+		}
 	}
-	entry, known := state.Entries[u.Key]
-	if known && u.Session != "" && entry.Holder.Session != u.Session {
-		return nil
-	}
-	gate := firstOf(entry.Gate, intercept.GateName)
-
 	u.Reached(StepRestore)
-	var trouble []error
 	service := !strings.HasPrefix(u.Key, scalePrefix)
 	if known && service {
 		// Before the Service is led back: whoever watches over it sees that this is
 		// no accident, and does not lead it to the gates again.
-		trouble = append(trouble, c.markDraining(ctx, u))
+		if err := c.markDraining(ctx, u, entry.Holder.Session, true); err != nil {
+			u.Say("telling the gates: " + err.Error())
+		}
 	}
-	led, gates, err := c.leadBack(ctx, u)
+	back, err := c.leadBack(ctx, u, entry)
 	if err != nil {
+		if known && service { // traffic still comes to the gates, and its holder may live
+			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+			defer cancel()
+			err = errors.Join(err, c.markDraining(undo, u, entry.Holder.Session, false))
+		}
 		return err
 	}
-	if gates != "" {
-		gate = gates
+	if back.foreign || stateErr != nil {
+		return stateErr
+	}
+	gate := firstOf(back.gate, entry.Gate, intercept.GateName)
+	holder := firstOf(entry.Holder.Session, back.session, u.Session)
+	if holder == "" {
+		return nil // nothing says that anything is left
 	}
 
 	u.Reached(StepDrain)
+	var trouble []error
 	switch {
 	case !service:
 		// Those that stand in have no origin to lead to. They serve until nobody
 		// finds them any more.
-		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, firstOf(entry.Gate, OwnGate(u.Key))))
+		gate = firstOf(back.gate, entry.Gate, OwnGate(u.Key))
+		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
 	case known:
-		trouble = append(trouble, c.drain(ctx, u, gate, led))
+		trouble = append(trouble, c.drain(ctx, u, gate, back.led))
+	}
+	only := "" // with the entry, all that bears the Service's name
+	if !known {
+		only = holder
+	}
+	u.Reached(StepOriginDeleted)
+	if service {
+		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key, only))
+	}
+	u.Reached(StepPolicyDeleted)
+	trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key, only))
+	if service && known && gate != intercept.GateName {
+		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
 	}
 	u.Reached(StepEntryRemoved)
-	last, rest, err := c.RemoveGateEntry(ctx, u.Namespace, u.Key)
+	last, rest, err := c.RemoveGateEntry(ctx, u.Namespace, u.Key, holder)
 	if err != nil {
 		return errors.Join(append(trouble, err)...)
 	}
-	if known && service {
+	if known && gate == intercept.GateName {
 		// Gates that know of nothing end at once when they are told to.
 		push, cancel := context.WithTimeout(ctx, 5*time.Second)
 		if err := c.Push(push, u.Namespace, gate, rest); err != nil && !last {
@@ -103,50 +130,52 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 		}
 		cancel()
 	}
-	u.Reached(StepOriginDeleted)
-	if service {
-		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key))
-	}
-	u.Reached(StepPolicyDeleted)
-	trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key))
 	u.Reached(StepGatesGone)
-	if gate != intercept.GateName {
-		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
-	}
 	if last {
 		trouble = append(trouble, c.awaitGatesGone(ctx, u))
 	}
 	return errors.Join(trouble...)
 }
 
-// leadBack undoes the head. led: traffic had come to the gates.
-func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate string, err error) {
+// ledBack is what leadBack found and did.
+type ledBack struct {
+	led     bool   // traffic had come to the gates
+	foreign bool   // it is another session's than was asked for
+	gate    string // that it came to, if the record says so
+	session string // whose it was, if the record says so
+}
+
+// leadBack undoes the head.
+func (c *Cluster) leadBack(ctx context.Context, u UndoSpec, entry intercept.Entry) (ledBack, error) {
 	if strings.HasPrefix(u.Key, scalePrefix) {
-		return c.scaleBack(ctx, u)
+		return c.scaleBack(ctx, u, entry)
 	}
 	service, err := c.client.Services(u.Namespace).Get(ctx, u.Key, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
-		return false, "", nil
+		return ledBack{}, nil
 	case err != nil:
-		return false, "", translate(fmt.Sprintf("looking at Service %s in namespace %q", u.Key, u.Namespace), err)
+		return ledBack{}, translate(fmt.Sprintf("looking at Service %s in namespace %q", u.Key, u.Namespace), err)
 	}
-	if service.Annotations[AnnotationPreview] != "" {
-		if u.Session != "" && service.Labels[LabelSession] != u.Session {
-			return false, "", nil
+	if isPreview(service) {
+		if session := service.Labels[LabelSession]; u.Session != "" && session != u.Session {
+			return ledBack{foreign: true}, nil
 		}
-		return true, "", c.deletePreview(ctx, service)
+		return ledBack{led: true, session: service.Labels[LabelSession]}, c.deletePreview(ctx, service)
 	}
 	record, err := RecordOf(service)
-	if err != nil || record == nil {
-		return false, "", err
-	}
-	if u.Session != "" && record.Session != u.Session {
-		return false, "", nil
+	switch {
+	case err != nil:
+		return ledBack{}, err
+	case record == nil:
+		led, err := c.restoreFromOrigin(ctx, service)
+		return ledBack{led: led}, err
+	case u.Session != "" && record.Session != u.Session:
+		return ledBack{foreign: true}, nil
 	}
 	restored, err := c.Restore(ctx, u.Namespace, u.Key, u.Session)
 	if err != nil {
-		return false, "", err
+		return ledBack{}, err
 	}
 	for _, done := range restored.Done {
 		u.Say(done)
@@ -154,13 +183,15 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec) (led bool, gate stri
 	for _, theirs := range restored.Theirs {
 		u.Say(theirs + " is somebody else's and stays")
 	}
-	return true, record.Gate, nil
+	return ledBack{led: true, gate: record.Gate, session: record.Session}, nil
 }
 
-func (c *Cluster) markDraining(ctx context.Context, u UndoSpec) error {
+// markDraining has the gates lead new connections to the origin, or takes that back,
+// if the entry is still of the session.
+func (c *Cluster) markDraining(ctx context.Context, u UndoSpec, session string, draining bool) error {
 	_, err := c.ChangeGateState(ctx, u.Namespace, func(s *intercept.State) error {
-		if e, ok := s.Entries[u.Key]; ok {
-			e.Draining, e.Over = true, u.Dead
+		if e, ok := s.Entries[u.Key]; ok && e.Holder.Session == session {
+			e.Draining, e.Over = draining, draining && u.Dead
 			s.Entries[u.Key] = e
 		}
 		return nil

@@ -26,6 +26,8 @@ type Entry struct {
 	Gate   string  `json:"gate"`
 	Holder Holder  `json:"holder"`
 	Routes []Route `json:"routes"`
+	// Replicas are those that a replaced workload had.
+	Replicas int32 `json:"replicas,omitempty"`
 	// Draining: new connections go to the origin, open ones are asked to end.
 	Draining bool `json:"draining,omitempty"`
 	// Over: with Draining, the holder's session is dead; what is open to it has
