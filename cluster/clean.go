@@ -93,9 +93,16 @@ func (c *Cluster) Clean(ctx context.Context, spec CleanSpec) (left []Leftover, n
 		return found, notes, err
 	}
 	var trouble []error
+	kept := map[string]bool{} // what a Service that could not be given back still needs
 	for k := range found {
 		l := &found[k]
+		of := l.Namespace + "/" + l.Session
+		if l.Action == LeftoverDelete && kept[of] {
+			l.Action = "kept: what it serves could not be given back"
+			continue
+		}
 		if err := c.removeLeftover(ctx, *l); err != nil {
+			kept[of] = true
 			l.Action = "failed: " + err.Error()
 			trouble = append(trouble, fmt.Errorf("%s %s/%s: %w", l.Kind, l.Namespace, l.Name, err))
 		}
@@ -107,7 +114,7 @@ func (c *Cluster) Clean(ctx context.Context, spec CleanSpec) (left []Leftover, n
 // the first of its parts; the others are gone then, which is fine.
 func (c *Cluster) removeLeftover(ctx context.Context, l Leftover) error {
 	undo := func(key string) error {
-		return c.Undo(ctx, UndoSpec{Namespace: l.Namespace, Key: key, Session: l.Session})
+		return c.Undo(ctx, UndoSpec{Namespace: l.Namespace, Key: key, Session: l.Session, Dead: true})
 	}
 	switch l.Action {
 	case LeftoverRestore:

@@ -88,8 +88,8 @@ func parseGateState(object *corev1.ConfigMap) (*gateState, error) {
 			continue
 		}
 		var e intercept.Entry
-		if err := json.Unmarshal([]byte(text), &e); err != nil {
-			return nil, broken(key, err)
+		if json.Unmarshal([]byte(text), &e) != nil {
+			continue // one that somebody spoilt is no reason to lose the others; it stays in raw
 		}
 		s.Entries[name] = e
 	}

@@ -137,16 +137,24 @@ func TestGateStateRefuses(t *testing.T) {
 		t.Errorf("somebody else's ConfigMap: %v", err)
 	}
 	m.Labels = map[string]string{LabelManagedBy: "culvert"}
-	for _, data := range []map[string]string{{"generation": "x"}, {"web.json": "{"}} {
-		m.Data = data
-		server.put(m)
-		if _, err := c.GateState(t.Context(), "demo"); err == nil {
-			t.Errorf("%v is accepted", data)
-		}
+	m.Data = map[string]string{"generation": "x"}
+	server.put(m)
+	if _, err := c.GateState(t.Context(), "demo"); err == nil {
+		t.Error("a generation that is no number is accepted")
+	}
+	// One entry that somebody spoilt is not the others' end.
+	m.Data = map[string]string{"generation": "3", "web.json": "{"}
+	server.put(m)
+	s, err := c.ChangeGateState(t.Context(), "demo", addEntry("api", testEntry("culvert-gate", "s1", 20002)))
+	if err != nil || len(s.Entries) != 1 {
+		t.Errorf("beside a spoilt entry: %+v, %v", s, err)
+	}
+	if m, err := c.client.ConfigMaps("demo").Get(t.Context(), "culvert-gate", metav1.GetOptions{}); err != nil || m.Data["web.json"] != "{" {
+		t.Errorf("the spoilt entry: %v, %v", m, err)
 	}
 	m.Data = nil
 	server.put(m)
-	_, err := c.ChangeGateState(t.Context(), "demo", func(s *intercept.State) error {
+	_, err = c.ChangeGateState(t.Context(), "demo", func(s *intercept.State) error {
 		for i := range 1000 {
 			s.Entries[fmt.Sprint(i)] = intercept.Entry{Service: strings.Repeat("x", 1000)}
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -48,7 +49,9 @@ type Intercept struct {
 	Notes     []string
 
 	undone   bool                 // Start failed and left nothing
-	backends map[PortKey][]string // pods that served when it started; nil when settled
+	backends map[PortKey][]string // pods that served when it started
+
+	mu sync.Mutex // held while its head, or what follows from that, changes
 }
 
 // head is what leads traffic to the gates: where the kinds of intercepts differ.
@@ -222,7 +225,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	}
 	state, err := c.ChangeGateState(ctx, ns, func(s *intercept.State) error {
 		if e, ok := s.Entries[i.Key]; !ok || e.Draining {
-			return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("somebody ended the intercept of %s while it was starting", i.Service()), Hint: "culvert list"}
+			return i.endedMeanwhile()
 		}
 		return i.fill(s, origins, i.backends)
 	})
@@ -247,7 +250,21 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		}
 	}
 	reached(StepSwitch)
-	return i.head.lead(ctx, i, routes)
+	if err := i.head.lead(ctx, i, routes); err != nil {
+		return err
+	}
+	// Somebody who ended it meanwhile found nothing to lead back.
+	if state, err = c.GateState(ctx, ns); err != nil {
+		return err
+	}
+	if e, ok := state.Entries[i.Key]; !ok || e.Draining || e.Holder.Session != i.spec.Holder.Session {
+		return i.endedMeanwhile()
+	}
+	return nil
+}
+
+func (i *Intercept) endedMeanwhile() error {
+	return &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("somebody ended the intercept of %s while it was starting", i.Service()), Hint: "culvert list"}
 }
 
 // enter adds the entry, unless somebody else's is there. Ports that it had before
@@ -256,6 +273,9 @@ func (i *Intercept) enter(s *intercept.State) error {
 	before, ok := s.Entries[i.Key]
 	if ok && before.Holder.Session != i.spec.Holder.Session {
 		return heldBy(i.spec.Namespace, i.Service(), i.Key, before.Holder)
+	}
+	if before.Draining {
+		return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 	}
 	had := map[PortKey]intercept.Route{}
 	for _, r := range before.Routes {
@@ -317,7 +337,7 @@ func (i *Intercept) SetAgent(ctx context.Context, agent *Agent) error {
 	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
 		e, ok := s.Entries[i.Key]
 		if !ok || e.Holder.Session != i.spec.Holder.Session {
-			return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("the intercept of %s is not this session's any more", i.Service()), Hint: "culvert list"}
+			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 		}
 		for k := range e.Routes {
 			if e.Routes[k].Machine != nil {

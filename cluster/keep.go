@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -57,9 +58,9 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		}
 		plan, err := c.plan(ctx, service, nil, r.Expose, r.Force)
 		if err != nil {
-			return nil, err
+			return nil, lostIfRefused("the Service is not as it was", err)
 		}
-		i.head = &exchangeHead{c: c, plan: plan}
+		i.head = &exchangeHead{c: c, plan: plan, again: plan.reapplied()}
 	case intercept.Preview:
 		i.head = &previewHead{c: c, spec: &i.spec, list: portsOfEntry(e)}
 	case intercept.Scale:
@@ -95,14 +96,25 @@ func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(strin
 	settled := make(chan struct{})
 	go func() {
 		defer close(settled)
-		if err := i.settle(ctx); err != nil && ctx.Err() == nil {
-			note("the origin's address is not in use yet: " + err.Error())
+		for ctx.Err() == nil {
+			err := i.settle(ctx)
+			if err == nil {
+				return
+			}
+			if ctx.Err() == nil {
+				note("the origin's address is not in use yet: " + err.Error())
+			}
+			select {
+			case <-time.After(lookEvery):
+			case <-ctx.Done():
+			}
 		}
 	}()
 	defer func() { cancel(); <-settled }()
-	ended := make(chan error, 2)
+	ended := make(chan error, 3)
 	go func() { ended <- i.keepGates(ctx, note) }()
-	waiting := 1
+	go func() { ended <- i.look(ctx, note) }()
+	waiting := 2
 	if h, ok := i.head.(*exchangeHead); ok {
 		waiting++
 		go func() { ended <- h.watch(ctx, i, onConflict, note) }()
@@ -118,6 +130,42 @@ func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(strin
 		return nil
 	}
 	return first
+}
+
+// lookEvery is how often it is looked whether an intercept is still what it was.
+const lookEvery = 15 * time.Second
+
+// look finds from time to time that somebody ended the intercept, where no watch
+// tells, or began to end it and did not get far: then it goes on.
+func (i *Intercept) look(ctx context.Context, note func(string)) error {
+	draining := false
+	for {
+		select {
+		case <-time.After(lookEvery):
+		case <-ctx.Done():
+			return nil
+		}
+		state, err := i.c.GateState(ctx, i.spec.Namespace)
+		if err != nil {
+			continue // the API server is away, or somebody spoilt the state: it is looked again
+		}
+		e, ok := state.Entries[i.Key]
+		if ok && e.Holder.Session != i.spec.Holder.Session {
+			return &Lost{Why: "another session has it now"}
+		}
+		switch led, err := i.head.led(ctx, i); {
+		case err != nil:
+			continue
+		case !led:
+			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
+		case !ok || e.Draining && draining:
+			note("somebody began to end it and did not get to the end: it goes on")
+			if err := i.remake(ctx, true); err != nil {
+				return err
+			}
+		}
+		draining = ok && e.Draining
+	}
 }
 
 // keepGates keeps the gates informed, and makes them anew when they are gone.
@@ -143,14 +191,17 @@ func (i *Intercept) keepGates(ctx context.Context, note func(string)) error {
 			<-ended
 			note(what + " of the gates was deleted by somebody: made anew")
 		}
-		if err := i.remake(ctx); err != nil {
+		if err := i.remake(ctx, false); err != nil {
 			return err
 		}
 	}
 }
 
-// remake makes the gates anew, as long as traffic is led to them.
-func (i *Intercept) remake(ctx context.Context) error {
+// remake makes the gates anew, as long as traffic is led to them; again: though
+// somebody had begun to end it.
+func (i *Intercept) remake(ctx context.Context, again bool) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	switch led, err := i.head.led(ctx, i); {
 	case err != nil:
 		return err
@@ -164,6 +215,10 @@ func (i *Intercept) remake(ctx context.Context) error {
 	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
 		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
 			return &Lost{Why: "another session has it now"}
+		}
+		if e, ok := s.Entries[i.Key]; ok && again {
+			e.Draining, e.Over = false, false
+			s.Entries[i.Key] = e
 		}
 		return i.fill(s, origins, nil)
 	})
@@ -221,6 +276,8 @@ func (h *exchangeHead) watch(ctx context.Context, i *Intercept, onConflict strin
 
 // changed reacts to somebody's change of the Service.
 func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChange, onConflict string, note func(string)) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	who := firstOf(ch.Manager, "somebody")
 	switch ch.Kind {
 	case Deleted:
@@ -246,14 +303,23 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 	note(fmt.Sprintf("%s changed the Service: exchanged again, on top of that", who))
 	plan, err := h.c.Replan(ctx, h.plan, ch.Service)
 	if err != nil {
-		var e *api.Error
-		if errors.As(err, &e) && (e.Code == api.CodeUsage || e.Code == api.CodeNotFound) {
-			return &Lost{Why: fmt.Sprintf("%s changed the Service: %s", who, e.Message)}
-		}
-		return err
+		return lostIfRefused(who+" changed the Service", err)
 	}
 	h.plan, h.again = plan, again
 	return i.reapply(ctx)
+}
+
+// lostIfRefused makes a Lost of what planning says of a Service that cannot be
+// exchanged as it is now; anything else passes.
+func lostIfRefused(why string, err error) error {
+	var e *api.Error
+	if errors.As(err, &e) {
+		switch e.Code {
+		case api.CodeUsage, api.CodeNotFound, api.CodeConflict, api.CodeDenied, api.CodeUnsupported:
+			return &Lost{Why: why + ": " + e.Message}
+		}
+	}
+	return err
 }
 
 // fill enters an intercept with the addresses of its origin. Without backends those

@@ -49,7 +49,15 @@ func (i *Intercept) settle(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	if err := i.c.showOrigin(ctx, i.spec.Namespace, i.Key); err != nil {
+	if err := i.c.showOrigin(ctx, i.spec.Namespace, i.Key); apierrors.IsNotFound(err) {
+		// Somebody deleted it: without it nobody serves while the machine is away.
+		if err := i.renewOrigin(ctx); err != nil {
+			return err
+		}
+		if err := i.c.showOrigin(ctx, i.spec.Namespace, i.Key); err != nil {
+			return err
+		}
+	} else if err != nil {
 		return err
 	}
 	for begun := time.Now(); ; {
@@ -86,12 +94,23 @@ func (i *Intercept) settle(ctx context.Context) error {
 	return i.c.Push(ctx, i.spec.Namespace, i.Gate, state)
 }
 
-// showOrigin takes labelHidden away.
+// renewOrigin makes the origin anew and has the gates go to its address.
+func (i *Intercept) renewOrigin(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.reapply(ctx)
+}
+
+// showOrigin takes labelHidden away. That there is no origin is the API server's own
+// error.
 func (c *Cluster) showOrigin(ctx context.Context, namespace, service string) error {
 	what := fmt.Sprintf("showing Service %s/%s to the nodes", namespace, OriginName(service))
 	for try := 1; ; try++ {
 		live, err := c.client.Services(namespace).Get(ctx, OriginName(service), metav1.GetOptions{})
-		if apierrors.IsNotFound(err) || err == nil && live.Labels[labelHidden] == "" {
+		if apierrors.IsNotFound(err) {
+			return err
+		}
+		if err == nil && live.Labels[labelHidden] == "" {
 			return nil
 		}
 		if err == nil {
