@@ -30,6 +30,7 @@ func interceptChecks(namespace string, kinds ...string) (all []Check) {
 		switch kind {
 		case intercept.Exchange:
 			need("", "services", "the intercepted Service, and the one that leads to its origin", "get", "patch", "create", "delete", "watch")
+			need("discovery.k8s.io", "endpointslices", "to see which pods serve the Service now", "list")
 		case intercept.Preview:
 			need("", "services", "the Service of the preview", "get", "create", "delete", "watch")
 		case intercept.Scale:

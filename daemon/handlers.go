@@ -164,6 +164,11 @@ func (s *server) disconnect(w http.ResponseWriter, r *http.Request) {
 	watch := s.sup.watch(func(e *api.Session) bool { return ours[e.ID] != nil })
 	defer s.sup.unwatch(watch)
 	for _, one := range list {
+		if one.revert { // the user gives up what it should have undone
+			if err := s.sup.kept.remove(one.kept()); err != nil {
+				one.log.Error("forgetting what was to be undone", "error", err)
+			}
+		}
 		one.end(&api.Error{Code: api.CodeCanceled, Message: "disconnected"})
 	}
 	finished := make(chan struct{})

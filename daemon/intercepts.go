@@ -74,7 +74,7 @@ func (s *server) leave(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
-	list := s.sup.selected(who, req.ID, req.Context)
+	list := s.sup.whole(who, req.ID, req.Context)
 	if len(list) == 0 {
 		e := notFound(req.ID, req.Context)
 		if req.Service != "" {
@@ -89,7 +89,7 @@ func (s *server) leave(w http.ResponseWriter, r *http.Request) {
 	found := false
 	for _, one := range list {
 		var ended []api.Intercept
-		err := one.follow(r.Context(), link.MethodLeave, req, &ended, interceptTimeout+req.Drain, out)
+		err := one.follow(r.Context(), link.MethodLeave, req, &ended, interceptTimeout+maxWait, out)
 		var e *api.Error
 		if errors.As(err, &e) && e.Code == api.CodeNotFound {
 			missing = err // another session may have it
@@ -118,7 +118,7 @@ func (s *server) leave(w http.ResponseWriter, r *http.Request) {
 func (s *server) intercepts(w http.ResponseWriter, r *http.Request) {
 	who, _ := callerOf(r.Context())
 	all := []api.Intercept{}
-	for _, one := range s.sup.selected(who, "", "") {
+	for _, one := range s.sup.whole(who, "", "") {
 		var list []api.Intercept
 		if err := one.ask(r.Context(), link.MethodIntercepts, nil, &list); err != nil {
 			one.log.Debug("asking for intercepts", "error", err)
@@ -176,6 +176,7 @@ func (s *session) follow(ctx context.Context, method string, in, into any, limit
 		case err := <-done:
 			switch {
 			case errors.Is(err, context.DeadlineExceeded):
+				conn.Notify(link.MethodCancel, id)
 				return &api.Error{Code: api.CodeTimeout, Message: "the session did not answer", Hint: "culvert logs"}
 			case errors.Is(err, link.ErrClosed):
 				return &api.Error{Code: api.CodeInternal, Message: "the session process ended meanwhile; what it had begun is undone by the next one", Hint: "culvert status, culvert list"}

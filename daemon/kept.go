@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 )
@@ -21,6 +22,9 @@ type keptRecord struct {
 	ID      string      `json:"id"` // of the session
 	Options api.Options `json:"options"`
 	ByRoot  bool        `json:"byRoot,omitempty"`
+	// StateHome is where the session found its user's state directory: the journal
+	// is there. It is a path of the user's, and opened by nobody but him.
+	StateHome string `json:"stateHome,omitempty"`
 }
 
 // name has the session's id, which the daemon chose.
@@ -32,7 +36,16 @@ func newKeptStore(dir string) *records[keptRecord] {
 
 // kept is what is remembered of s while it has intercepts.
 func (s *session) kept() keptRecord {
-	return keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}
+	r := keptRecord{UID: s.account.UID, ID: s.id, Options: s.options, ByRoot: s.byRoot}
+	values := map[string]string{}
+	for _, kv := range s.env {
+		name, value, _ := strings.Cut(kv, "=")
+		values[name] = value
+	}
+	if r.StateHome = values["XDG_STATE_HOME"]; !filepath.IsAbs(r.StateHome) && values["HOME"] != "" {
+		r.StateHome = filepath.Join(values["HOME"], ".local", "state")
+	}
+	return r
 }
 
 // revert has what dead sessions left in clusters undone: for each record a
@@ -50,7 +63,7 @@ func (v *supervisor) revert(ctx context.Context) {
 
 func (v *supervisor) revertOne(ctx context.Context, r keptRecord) {
 	log := v.log.With("uid", r.UID, "session", r.ID)
-	for delay := minBootDelay; ctx.Err() == nil; delay = min(2*delay, maxBootDelay) {
+	for delay := minBootDelay; ctx.Err() == nil && v.kept.has(r); delay = min(2*delay, maxBootDelay) {
 		err := v.tryRevert(ctx, r)
 		if err == nil {
 			log.Info("what the session had left in the cluster was undone")
@@ -75,7 +88,11 @@ func (v *supervisor) tryRevert(ctx context.Context, r keptRecord) error {
 	if err != nil {
 		return err
 	}
-	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options}, bootEnv(a), r.ByRoot, r.ID)
+	env := bootEnv(a)
+	if r.StateHome != "" {
+		env = append(env, "XDG_STATE_HOME="+r.StateHome)
+	}
+	s, err := v.newSession(a, api.ConnectRequest{Options: r.Options}, env, r.ByRoot, r.ID)
 	if err != nil {
 		return err
 	}

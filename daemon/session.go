@@ -298,7 +298,7 @@ func (s *session) snapshot() api.Session {
 	v := s.said
 	v.ID, v.UID, v.User = s.id, s.account.UID, s.account.Name
 	v.State, v.Since, v.Started = s.state, s.since, s.started
-	v.Restarts, v.AtBoot, v.InterceptOnly = s.restarts, s.atBoot, s.options.InterceptOnly
+	v.Restarts, v.AtBoot, v.InterceptOnly, v.Reverting = s.restarts, s.atBoot, s.options.InterceptOnly, s.revert
 	v.PID = 0
 	if s.proc != nil {
 		v.PID = s.proc.pid

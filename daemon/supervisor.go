@@ -121,9 +121,14 @@ func (v *supervisor) selected(c caller, id, context string) []*session {
 	return list
 }
 
+// whole is selected without those that only undo what an earlier session left.
+func (v *supervisor) whole(c caller, id, context string) []*session {
+	return slices.DeleteFunc(v.selected(c, id, context), func(s *session) bool { return s.revert })
+}
+
 // one returns the only session that a caller can mean.
 func (v *supervisor) one(c caller, id, context string) (*session, error) {
-	list := v.selected(c, id, context)
+	list := v.whole(c, id, context)
 	if len(list) > 1 { // a whole session can do all that one of intercepts only can
 		if whole := slices.DeleteFunc(slices.Clone(list), func(s *session) bool { return s.options.InterceptOnly }); len(whole) == 1 {
 			list = whole

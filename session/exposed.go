@@ -27,6 +27,9 @@ func (x *intercepts) startExposed(ctx context.Context, req api.InterceptRequest,
 	x.changing.Lock()
 	defer x.changing.Unlock()
 	s := x.session
+	if _, err := s.ready(); err != nil {
+		return nil, err
+	}
 	i := &intercepted{state: api.InterceptStarting, saved: saved{ID: randomHex(8), Token: randomHex(16), Request: req, Namespace: s.cluster.Namespace(), Since: time.Now().UTC()}}
 	for _, e := range wanted {
 		port := int(e.Local)

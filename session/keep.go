@@ -128,6 +128,9 @@ func (x *intercepts) lose(ctx context.Context, i *intercepted, lost *cluster.Los
 	x.mu.Lock()
 	i.state, i.cause, i.Active = api.InterceptLost, lost.Why, false
 	x.mu.Unlock()
+	if err := x.save(ctx); err != nil { // the next process must not take it up again
+		s.log.Warn("noting that an intercept is lost", "err", err)
+	}
 	x.undo(ctx, i)
 }
 
@@ -138,7 +141,7 @@ func (x *intercepts) undoLoop(ctx context.Context, i *intercepted) {
 	i.state = api.InterceptStopping
 	x.mu.Unlock()
 	if x.undo(ctx, i) {
-		if err := x.drop(ctx, i); err != nil {
+		if err := errors.Join(x.drop(ctx, i), x.endHeartbeats(ctx, []*intercepted{i})); err != nil {
 			x.session.log.Warn("forgetting an intercept", "err", err)
 		}
 	}
@@ -207,13 +210,10 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 			ended = append(ended, view)
 		}
 	}
-	if err := errors.Join(trouble...); err != nil {
-		return ended, err
-	}
 	if err := x.endHeartbeats(ctx, ours); err != nil {
 		x.session.log.Warn("deleting a heartbeat", "err", err)
 	}
-	return ended, nil
+	return ended, errors.Join(trouble...)
 }
 
 // leavePorts closes some of the agent's ports that were opened together.

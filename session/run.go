@@ -145,6 +145,9 @@ func (s *Session) end(err error) {
 			st.Step = "giving Services back to their pods"
 		}
 	})
+	// A redial under way might make the agent again after it was removed, and a
+	// heartbeat its Lease.
+	s.waitLoops(loopsTime)
 	if s.cluster != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), undoTime)
 		if err := s.intercepts.stopAll(ctx, endDrain); err != nil {
@@ -155,8 +158,6 @@ func (s *Session) end(err error) {
 		}
 		cancel()
 	}
-	// A redial under way might make the agent again after it was removed.
-	s.waitLoops(loopsTime)
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTime)
 	defer cancel()
 	undone := true

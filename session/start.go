@@ -84,12 +84,45 @@ func (x *intercepts) takeOver(ctx context.Context, req api.InterceptRequest, hel
 
 // tryStart plans and starts one.
 func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, expose []cluster.Expose, say func(string)) (*api.Intercept, error) {
-	x.changing.Lock()
-	defer x.changing.Unlock()
-	s := x.session
+	i, err := x.startLocked(ctx, req, expose, say)
+	if err != nil {
+		return nil, err
+	}
+	if req.External || req.Host != "" {
+		say("waiting for the address that the cluster gives it")
+		at, err := i.live.Address(ctx)
+		if err != nil {
+			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+			defer cancel()
+			return nil, errors.Join(err, x.stop(undo, i, time.Second, func(string) {}), x.endHeartbeats(undo, []*intercepted{i}))
+		}
+		x.mu.Lock()
+		i.at = at
+		x.mu.Unlock()
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	view := x.viewLocked(i)
+	return &view, nil
+}
+
+// ready is the agent, when traffic could come by way of it now.
+func (s *Session) ready() (*cluster.Agent, error) {
 	agent := s.knownAgent()
 	if st := s.status.get(); agent == nil || st.State != api.Connected {
 		return nil, &api.Error{Code: api.CodeAgent, Message: fmt.Sprintf("the session is %s: no traffic could come to this machine now", st.State), Hint: "culvert status"}
+	}
+	return agent, nil
+}
+
+// startLocked plans and starts one, and nothing else of the session meanwhile.
+func (x *intercepts) startLocked(ctx context.Context, req api.InterceptRequest, expose []cluster.Expose, say func(string)) (*intercepted, error) {
+	x.changing.Lock()
+	defer x.changing.Unlock()
+	s := x.session
+	agent, err := s.ready()
+	if err != nil {
+		return nil, err
 	}
 	say("looking at " + req.Target)
 	spec := s.interceptSpec(req, expose, agent)
@@ -107,15 +140,21 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 		say(line)
 	}
 	if err := x.put(ctx, i, nil); err != nil {
-		return nil, err
+		return nil, errors.Join(err, x.drop(context.WithoutCancel(ctx), i))
 	}
 	if err := x.serve(i); err != nil {
-		return nil, errors.Join(err, x.drop(ctx, i))
+		return nil, errors.Join(err, x.drop(context.WithoutCancel(ctx), i))
 	}
 	err = live.Start(ctx, s.reached, say)
-	if err == nil && (req.External || req.Host != "") {
-		say("waiting for the address that the cluster gives it")
-		if i.at, err = live.Address(ctx); err != nil {
+	if err == nil {
+		// Without a note of it the next process would undo it, or nobody would.
+		if err = x.put(context.WithoutCancel(ctx), i, func() {
+			i.Active, i.state, i.Since, i.notes = true, api.InterceptActive, live.Since(), live.Notes
+			for k := range i.Ports {
+				p := &i.Ports[k]
+				p.Listening = listening(networkOf(p.Protocol), uint16(p.Local))
+			}
+		}); err != nil {
 			err = errors.Join(err, live.Cancel())
 		}
 	}
@@ -127,21 +166,9 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 		x.begin(i, x.undoLoop) // what is left is tried again
 		return nil, err
 	}
-	if err := x.put(ctx, i, func() {
-		i.Active, i.state, i.Since, i.notes = true, api.InterceptActive, live.Since(), live.Notes
-		for k := range i.Ports {
-			p := &i.Ports[k]
-			p.Listening = listening(networkOf(p.Protocol), uint16(p.Local))
-		}
-	}); err != nil {
-		return nil, err
-	}
 	s.reached(cluster.StepActive)
 	x.begin(i, x.keep)
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	view := x.viewLocked(i)
-	return &view, nil
+	return i, nil
 }
 
 // interceptSpec is what the cluster has to know of a request.

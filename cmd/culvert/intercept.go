@@ -148,7 +148,7 @@ func (a *app) sessionFor(ctx context.Context, o *optionFlags, check func(context
 	named := a.context != "" || a.kubeconfig != ""
 	var fitting []api.Session
 	for _, one := range all {
-		if one.State == api.Disconnecting || one.State == api.Disconnected || one.UID != c.uid {
+		if one.State == api.Disconnecting || one.State == api.Disconnected || one.Reverting || one.UID != c.uid {
 			continue
 		}
 		if named && (t == nil || one.Context != t.Context || one.Server != t.Server) {

@@ -101,6 +101,9 @@ type Session struct {
 	AtBoot    bool      `json:"atBoot,omitempty"`
 	// InterceptOnly is that of Options.
 	InterceptOnly bool `json:"interceptOnly,omitempty"`
+	// Reverting: it connects to nothing and undoes what an earlier session of this
+	// id left in the cluster when it died.
+	Reverting bool `json:"reverting,omitempty"`
 
 	Device    string         `json:"device,omitempty"`
 	Addresses []netip.Prefix `json:"addresses,omitempty"` // on Device, /32 and /128
