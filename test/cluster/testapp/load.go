@@ -48,7 +48,7 @@ func load(args []string) error {
 	f.BoolVar(&l.keepalive, "keepalive", true, "keep connections")
 	f.BoolVar(&l.post, "post", false, "POST, which nobody repeats, instead of GET")
 	times := f.Bool("times", false, "tell when each server answered, in JSON")
-	stdin := f.Bool("until-eof", false, "end earlier when standard input ends")
+	stdin := f.Bool("until-eof", false, "end earlier when standard input ends, and say on standard error that it begins")
 	if err := f.Parse(args[1:]); err != nil {
 		return err
 	}
@@ -62,6 +62,9 @@ func load(args []string) error {
 	}
 	if l.workers < 1 || *seconds <= 0 || l.rate < 0 {
 		return errors.New("clients and seconds have to be more than none")
+	}
+	if *stdin {
+		fmt.Fprintln(os.Stderr, "begins")
 	}
 	t := l.run(span(*seconds))
 	if t.Count == 0 {
