@@ -167,7 +167,8 @@ func cableCut(t *testing.T) {
 	link(t, "--cut", "off")
 	answeredBy(t, "alice", 10*time.Second)
 	back := comeBack.stop(t)
-	back.taken(t, "back", "alice", begun, failOpen)
+	// Not one of the requests fails meanwhile, so a busy machine may take its time.
+	back.taken(t, "back", "alice", begun, 6*time.Second)
 	back.none(t)
 	waitState(t, netlab.Alice, api.Connected, 10*time.Second)
 }

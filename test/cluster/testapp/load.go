@@ -80,6 +80,16 @@ func load(args []string) error {
 func (l *loader) run(d time.Duration) *tally {
 	t := newTally(time.Now())
 	end := t.begun.Add(d)
+	stopped := make(chan time.Time, 1)
+	over := make(chan struct{})
+	go func() {
+		select {
+		case <-l.stop:
+		case <-time.After(d):
+		case <-over:
+		}
+		stopped <- time.Now()
+	}()
 	var clients sync.WaitGroup
 	for i := range l.workers {
 		clients.Go(func() {
@@ -106,7 +116,8 @@ func (l *loader) run(d time.Duration) *tally {
 		})
 	}
 	clients.Wait()
-	t.finish(time.Now(), l.dialled.Load())
+	close(over)
+	t.finish(<-stopped, time.Now(), l.dialled.Load())
 	return t
 }
 
