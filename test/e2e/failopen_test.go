@@ -71,22 +71,23 @@ func TestFailOpen(t *testing.T) {
 		})
 	}
 	t.Run("local port closed, refuse", func(t *testing.T) {
-		alice.leave(t, "cart")
-		alice.intercept(t, "exchange", "cart", "--expose", "8080:80", "--on-local-refused", "refuse")
-		served(t, "http", cartPort(t, 80), "alice")
+		alice.intercept(t, "exchange", "shelf", "--expose", "8080:80", "--on-local-refused", "refuse")
+		shelfBy(t, "alice", 3*time.Second)
 		local.stop()
 		for _, client := range clients {
 			begun := time.Now()
-			name, _, err := whoAnswers(client, "http", cartPort(t, 80))
+			name, _, err := whoAnswers(client, "http", "shelf.shop:80")
 			if err == nil {
 				t.Errorf("%s answers although it should be refused", name)
 			} else if time.Since(begun) > 4*time.Second {
 				t.Errorf("refused only after %v: %v", time.Since(begun), err)
 			}
 		}
+		// As the other Service's developer wants it.
+		served(t, "http", cartPort(t, 80), "cart-*")
 		served(t, "tcp", cartPort(t, 7000), "cart-*")
 		local = alice.serve(t, "127.0.0.1")
-		served(t, "http", cartPort(t, 80), "alice")
+		shelfBy(t, "alice", time.Second)
 	})
 }
 
