@@ -328,8 +328,8 @@ func (x *intercepts) agentIs() {
 
 // stopAll ends all intercepts, at the session's end. What fails is tried by the
 // next connect, `culvert clean`, or the daemon's next start: it stays in journal
-// and record.
-func (x *intercepts) stopAll(ctx context.Context, drain time.Duration) error {
+// and record. With dead the tunnel is down: nothing that is open goes on.
+func (x *intercepts) stopAll(ctx context.Context, drain time.Duration, dead bool) error {
 	x.mu.Lock()
 	x.closing = true
 	for _, cancel := range x.tasks {
@@ -349,7 +349,7 @@ func (x *intercepts) stopAll(ctx context.Context, drain time.Duration) error {
 	var wg sync.WaitGroup
 	for _, i := range list {
 		wg.Go(func() {
-			if err := x.stop(ctx, i, drain, func(string) {}); err != nil {
+			if err := x.stop(ctx, i, drain, dead, func(string) {}); err != nil {
 				mu.Lock()
 				trouble = append(trouble, err)
 				mu.Unlock()

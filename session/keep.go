@@ -201,7 +201,7 @@ func (x *intercepts) leave(ctx context.Context, req api.LeaveRequest, say func(s
 			trouble[n] = x.leavePorts(ctx, i, left, stay)
 			continue
 		}
-		wg.Go(func() { trouble[n] = x.stop(ctx, i, req.Drain, say) })
+		wg.Go(func() { trouble[n] = x.stop(ctx, i, req.Drain, false, say) })
 	}
 	wg.Wait()
 	var ended []api.Intercept
@@ -228,8 +228,8 @@ func (x *intercepts) leavePorts(ctx context.Context, i *intercepted, left, stay 
 	return errors.Join(trouble...)
 }
 
-// stop ends one intercept.
-func (x *intercepts) stop(ctx context.Context, i *intercepted, drain time.Duration, say func(string)) error {
+// stop ends one intercept. With dead there is no tunnel any more.
+func (x *intercepts) stop(ctx context.Context, i *intercepted, drain time.Duration, dead bool, say func(string)) error {
 	x.end(i)
 	x.mu.Lock()
 	i.Active, i.state = false, api.InterceptStopping
@@ -247,7 +247,7 @@ func (x *intercepts) stop(ctx context.Context, i *intercepted, drain time.Durati
 		x.session.log.Warn("noting that an intercept ends", "err", err)
 	}
 	say("ending the intercept of " + i.Service)
-	err := x.session.cluster.Undo(ctx, cluster.UndoSpec{Namespace: i.Namespace, Key: i.Key, Session: x.session.id, Drain: drain, Reached: x.session.reached, Say: say})
+	err := x.session.cluster.Undo(ctx, cluster.UndoSpec{Namespace: i.Namespace, Key: i.Key, Session: x.session.id, Dead: dead, Drain: drain, Reached: x.session.reached, Say: say})
 	if err != nil {
 		x.begin(i, x.undoLoop)
 		return err

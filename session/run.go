@@ -134,7 +134,8 @@ func (s *Session) end(err error) {
 		s.log.Info("session process ends; another one takes over")
 		return
 	}
-	if errors.Is(err, errDaemonGone) {
+	daemonGone := errors.Is(err, errDaemonGone)
+	if daemonGone {
 		// Nobody owns the device, the routes and the names any more: let go of
 		// them at once, the cluster can wait.
 		s.close()
@@ -150,7 +151,7 @@ func (s *Session) end(err error) {
 	s.waitLoops(loopsTime)
 	if s.cluster != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), undoTime)
-		if err := s.intercepts.stopAll(ctx, endDrain); err != nil {
+		if err := s.intercepts.stopAll(ctx, endDrain, daemonGone); err != nil {
 			s.log.Warn("undoing intercepts", "err", err)
 			s.status.update(func(st *api.Session) {
 				st.Notes = append(st.Notes, "intercepts could not all be undone (`culvert recover` does): "+err.Error())

@@ -94,7 +94,7 @@ func (x *intercepts) tryStart(ctx context.Context, req api.InterceptRequest, exp
 		if err != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 			defer cancel()
-			return nil, errors.Join(err, x.stop(undo, i, time.Second, func(string) {}), x.endHeartbeats(undo, []*intercepted{i}))
+			return nil, errors.Join(err, x.stop(undo, i, time.Second, false, func(string) {}), x.endHeartbeats(undo, []*intercepted{i}))
 		}
 		x.mu.Lock()
 		i.at = at

@@ -71,22 +71,23 @@ func TestFailOpen(t *testing.T) {
 		})
 	}
 	t.Run("local port closed, refuse", func(t *testing.T) {
-		alice.leave(t, "cart")
-		alice.intercept(t, "exchange", "cart", "--expose", "8080:80", "--on-local-refused", "refuse")
-		served(t, "http", cartPort(t, 80), "alice")
+		alice.intercept(t, "exchange", "shelf", "--expose", "8080:80", "--on-local-refused", "refuse")
+		shelfBy(t, "alice", 3*time.Second)
 		local.stop()
 		for _, client := range clients {
 			begun := time.Now()
-			name, _, err := whoAnswers(client, "http", cartPort(t, 80))
+			name, _, err := whoAnswers(client, "http", "shelf.shop:80")
 			if err == nil {
 				t.Errorf("%s answers although it should be refused", name)
 			} else if time.Since(begun) > 4*time.Second {
 				t.Errorf("refused only after %v: %v", time.Since(begun), err)
 			}
 		}
+		// As the other Service's developer wants it.
+		served(t, "http", cartPort(t, 80), "cart-*")
 		served(t, "tcp", cartPort(t, 7000), "cart-*")
 		local = alice.serve(t, "127.0.0.1")
-		served(t, "http", cartPort(t, 80), "alice")
+		shelfBy(t, "alice", time.Second)
 	})
 }
 
@@ -167,7 +168,8 @@ func cableCut(t *testing.T) {
 	link(t, "--cut", "off")
 	answeredBy(t, "alice", 10*time.Second)
 	back := comeBack.stop(t)
-	back.taken(t, "back", "alice", begun, failOpen)
+	// Not one of the requests fails meanwhile, so a busy machine may take its time.
+	back.taken(t, "back", "alice", begun, 6*time.Second)
 	back.none(t)
 	waitState(t, netlab.Alice, api.Connected, 10*time.Second)
 }

@@ -3,12 +3,14 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -60,19 +62,53 @@ func startLoad(t *testing.T, client, url string, d time.Duration, flags ...strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &loading{name: strings.Join(append([]string{"load"}, flags...), " "), end: end, done: make(chan netlab.Result, 1)}
 	t.Cleanup(func() { end.Close() })
-	args := append([]string{"-n", "clients", "exec", "-i", client, "--", "/testapp", "--json", "load", url, "--until-eof", "--times",
-		"--rate", "200", "--workers", fmt.Sprint(loadClients), "--seconds", fmt.Sprint(d.Seconds())}, flags...)
+	l := &loading{name: strings.Join(append([]string{"load"}, flags...), " "), end: end, done: make(chan netlab.Result, 1)}
+	cmd, err := lab.KubectlCommand("", append([]string{"-n", "clients", "exec", "-i", client, "--", "/testapp", "--json", "load", url, "--until-eof", "--times",
+		"--rate", "200", "--workers", fmt.Sprint(loadClients), "--seconds", fmt.Sprint(d.Seconds())}, flags...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begins := &firstLine{came: make(chan struct{})}
+	cmd.Stdin, cmd.Stderr = in, begins
 	go func() {
-		l.done <- lab.Kubectl("", in, args...)
+		var stdout bytes.Buffer
+		cmd.Stdout = &stdout
+		begun := time.Now()
+		err := cmd.Run()
 		in.Close()
+		r := netlab.Result{Stdout: stdout.String(), Stderr: begins.text.String(), Took: time.Since(begun)}
+		if err != nil {
+			r.Code = -1
+			r.Stderr += err.Error()
+		}
+		l.done <- r
 	}()
+	select {
+	case <-begins.came:
+	case <-time.After(20 * time.Second):
+		t.Fatalf("%s does not begin", l.name)
+	}
 	return l
 }
 
-// stop ends the load before its time, a moment from now, and waits for its end:
-// so it lasts as long as what it is about, whatever that takes on a slow machine.
+// firstLine keeps what is written, and tells when its first line came.
+type firstLine struct {
+	text bytes.Buffer
+	came chan struct{}
+	once sync.Once
+}
+
+func (f *firstLine) Write(b []byte) (int, error) {
+	f.text.Write(b)
+	if bytes.IndexByte(f.text.Bytes(), '\n') >= 0 {
+		f.once.Do(func() { close(f.came) })
+	}
+	return len(b), nil
+}
+
+// stop ends the load before its time and waits for its end: so it lasts as long as
+// what it is about, whatever that takes on a slow machine.
 func (l *loading) stop(t *testing.T) loaded {
 	t.Helper()
 	l.end.Close()

@@ -319,13 +319,12 @@ func TestResumed(t *testing.T) {
 	alice.intercept(t, "exchange", "cart", "--expose", "8080:80")
 	load := startLoad(t, "node1", "http://"+cartPort(t, 80)+"/who", time.Minute, "--keepalive=false")
 	time.Sleep(time.Second)
-	session := alice.pid()
 	if err := lab.KillDaemon(); err != nil {
 		t.Fatal(err)
 	}
-	stands(t, session)
+	time.Sleep(200 * time.Millisecond) // until the session has heard of it
 	killed := time.Now()
-	time.Sleep(time.Second)
+	time.Sleep(800 * time.Millisecond)
 	if err := lab.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}

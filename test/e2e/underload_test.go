@@ -31,6 +31,12 @@ func TestStartAndStopUnderLoad(t *testing.T) {
 			begun := time.Now()
 			alice.intercept(t, "exchange", "cart", "--expose", "8080:80")
 			started := time.Now()
+			// What was open before never comes to the machine; this does, and is
+			// drained at the end.
+			through := []*loading{
+				startLoad(t, "node1", url, most, "--rate", "100"),
+				startLoad(t, "node2", url, most, "--post", "--rate", "100"),
+			}
 			time.Sleep(time.Second)
 			leaving := time.Now()
 			alice.leave(t, "cart") // returns when there is nothing left of it
@@ -49,6 +55,13 @@ func TestStartAndStopUnderLoad(t *testing.T) {
 				}
 				if last, _ := got.last("alice"); last.Sub(leaving) > 3*time.Second {
 					t.Errorf("the machine answered until %v after the end was asked for", last.Sub(leaving))
+				}
+			}
+			for _, l := range through {
+				got := l.stop(t)
+				got.none(t)
+				if len(got.Answers["alice"]) == 0 || len(got.Answers) == 1 {
+					t.Errorf("not led to the machine and back: %v", got.Answers)
 				}
 			}
 			served(t, "http", cartPort(t, 80), "cart-*")

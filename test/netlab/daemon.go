@@ -187,17 +187,25 @@ func (m *Machine) Kubeconfig(cluster, user string) (string, error) {
 
 // Kubectl runs the cluster's own kubectl as its admin, from the host.
 func (m *Machine) Kubectl(cluster string, stdin io.Reader, args ...string) Result {
-	config, err := m.Kubeconfig(cluster, "admin")
+	cmd, err := m.KubectlCommand(cluster, args...)
 	if err != nil {
 		return Result{Code: -1, Stderr: err.Error()}
+	}
+	cmd.Stdin = stdin
+	return Run(cmd)
+}
+
+// KubectlCommand is Kubectl's, not started.
+func (m *Machine) KubectlCommand(cluster string, args ...string) (*exec.Cmd, error) {
+	config, err := m.Kubeconfig(cluster, "admin")
+	if err != nil {
+		return nil, err
 	}
 	exe := []string{"exec", "cp", "--", "kubectl", "--kubeconfig", config}
 	if cluster != "" {
 		exe = append([]string{"exec", "--name", cluster}, exe[1:]...)
 	}
-	cmd := m.ClusterCommand(append(exe, args...)...)
-	cmd.Stdin = stdin
-	return Run(cmd)
+	return m.ClusterCommand(append(exe, args...)...), nil
 }
 
 // LoadImage gives the agent image of `make image` to the nodes of the clusters

@@ -48,7 +48,7 @@ func load(args []string) error {
 	f.BoolVar(&l.keepalive, "keepalive", true, "keep connections")
 	f.BoolVar(&l.post, "post", false, "POST, which nobody repeats, instead of GET")
 	times := f.Bool("times", false, "tell when each server answered, in JSON")
-	stdin := f.Bool("until-eof", false, "end earlier when standard input ends")
+	stdin := f.Bool("until-eof", false, "end earlier when standard input ends, and say on standard error that it begins")
 	if err := f.Parse(args[1:]); err != nil {
 		return err
 	}
@@ -62,6 +62,9 @@ func load(args []string) error {
 	}
 	if l.workers < 1 || *seconds <= 0 || l.rate < 0 {
 		return errors.New("clients and seconds have to be more than none")
+	}
+	if *stdin {
+		fmt.Fprintln(os.Stderr, "begins")
 	}
 	t := l.run(span(*seconds))
 	if t.Count == 0 {
@@ -77,6 +80,16 @@ func load(args []string) error {
 func (l *loader) run(d time.Duration) *tally {
 	t := newTally(time.Now())
 	end := t.begun.Add(d)
+	stopped := make(chan time.Time, 1)
+	over := make(chan struct{})
+	go func() {
+		select {
+		case <-l.stop:
+		case <-time.After(d):
+		case <-over:
+		}
+		stopped <- time.Now()
+	}()
 	var clients sync.WaitGroup
 	for i := range l.workers {
 		clients.Go(func() {
@@ -103,7 +116,8 @@ func (l *loader) run(d time.Duration) *tally {
 		})
 	}
 	clients.Wait()
-	t.finish(time.Now(), l.dialled.Load())
+	close(over)
+	t.finish(<-stopped, time.Now(), l.dialled.Load())
 	return t
 }
 

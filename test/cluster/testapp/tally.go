@@ -113,8 +113,9 @@ func (t *tally) add(o outcome) {
 }
 
 // finish computes what needs all outcomes. The time before the first answer and
-// the one after the last are gaps, too.
-func (t *tally) finish(end time.Time, dialled int64) {
+// the one after the last are gaps, too, but not what it takes after asked, when no
+// request began any more, until the last is answered.
+func (t *tally) finish(asked, end time.Time, dialled int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.Dialled = dialled
@@ -123,7 +124,10 @@ func (t *tally) finish(end time.Time, dialled int64) {
 	// They were added in nearly this order, but by several clients.
 	slices.SortFunc(t.ends, time.Time.Compare)
 	last := t.begun
-	for _, at := range append(t.ends, end) {
+	for _, at := range append(t.ends, asked) {
+		if at.After(asked) {
+			at = asked
+		}
 		if gap := ms(at.Sub(last)); gap > t.Gap {
 			t.Gap, t.GapUntil = gap, at.UnixMilli()
 		}

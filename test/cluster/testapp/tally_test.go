@@ -28,7 +28,7 @@ func TestTally(t *testing.T) {
 	} {
 		ly.add(o)
 	}
-	ly.finish(at(1000), 7)
+	ly.finish(at(1000), at(1000), 7)
 	if ly.Count != 4 || ly.Failed != 1 || ly.Retried != 1 || ly.Dialled != 7 || ly.PerS != 4 {
 		t.Errorf("counts: %v", ly)
 	}
@@ -53,13 +53,14 @@ func TestTally(t *testing.T) {
 	}
 }
 
-// TestTallyGaps: silence at the beginning and at the end counts.
+// TestTallyGaps: silence at the beginning and at the end counts, but not the wait
+// for a last answer after the end.
 func TestTallyGaps(t *testing.T) {
 	begun := time.UnixMilli(0)
-	for answer, want := range map[int64]float64{900: 900, 200: 800} {
+	for answer, want := range map[int64]float64{900: 900, 200: 800, 5000: 1000} {
 		ly := newTally(begun)
 		ly.add(outcome{begun: begun, ended: time.UnixMilli(answer), server: "pod"})
-		ly.finish(time.UnixMilli(1000), 0)
+		ly.finish(time.UnixMilli(1000), time.UnixMilli(6000), 0)
 		if ly.Gap != want {
 			t.Errorf("an answer after %d of 1000 ms: gap %v, want %v", answer, ly.Gap, want)
 		}
