@@ -271,9 +271,8 @@ func (o *walk) killed(step string) error {
 	if slices.Contains(startSteps, step) && step != "active" {
 		return nil // the command has ended its session
 	}
-	all, err := lastJSON[[]api.Session](o.Culvert(o.user, "status", "-o", "json").Stdout)
-	if err != nil || len(all) != 1 || all[0].Restarts != 1 {
-		return fmt.Errorf("want one session of %s that was restarted once: %+v, %w; %v", o.service, all, err, r)
+	if err := insideOf(10*time.Second, o.restartedOnce); err != nil {
+		return fmt.Errorf("%w; %v", err, r)
 	}
 	if step == "active" {
 		if err := insideOf(15*time.Second, o.answers); err != nil {
@@ -286,6 +285,15 @@ func (o *walk) killed(step string) error {
 		return fmt.Errorf("disconnect of %s: %v", o.service, r)
 	}
 	return nil
+}
+
+// restartedOnce: the daemon has the only session in a second process.
+func (o *walk) restartedOnce() error {
+	all, err := lastJSON[[]api.Session](o.Culvert(o.user, "status", "-o", "json").Stdout)
+	if err == nil && (len(all) != 1 || all[0].Restarts != 1) {
+		err = fmt.Errorf("want one session of %s that was restarted once: %+v", o.service, all)
+	}
+	return err
 }
 
 // nothingHere: the session has no intercepts.
