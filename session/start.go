@@ -203,8 +203,10 @@ func (s *Session) reached(step string) {
 	if at != step || s.start.Restart > 0 || s.start.Revert {
 		return
 	}
-	signal := map[string]syscall.Signal{"kill": syscall.SIGKILL, "stop": syscall.SIGSTOP}[how]
-	_ = syscall.Kill(os.Getpid(), signal) // nothing is sent for 0
+	if signal, ok := map[string]syscall.Signal{"kill": syscall.SIGKILL, "stop": syscall.SIGSTOP}[how]; ok {
+		_ = syscall.Kill(os.Getpid(), signal)
+		time.Sleep(time.Second) // the kernel tells threads one by one
+	}
 }
 
 func firstNonEmpty(values ...string) string {

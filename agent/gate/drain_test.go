@@ -525,6 +525,41 @@ func TestEndsWithItsLastEntry(t *testing.T) {
 	}
 }
 
+// TestLeavesAtOnce: a gate whose last intercept ended a while ago does not wait for
+// clients that cannot come any more.
+func TestLeavesAtOnce(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		change func(intercept.State) intercept.State
+		wait   time.Duration
+		linger bool
+	}{
+		"active":         {func(s intercept.State) intercept.State { return s }, 700 * time.Millisecond, true},
+		"just drained":   {draining, 0, true},
+		"drained before": {draining, 700 * time.Millisecond, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := startGate(t, Config{Drain: 5 * time.Second}, func(x *timing) { x.linger = 600 * time.Millisecond })
+			s := stateOf(1, tcpRoute(t, httpServer(t, "origin"), nil))
+			g.push(s)
+			s = c.change(s)
+			g.push(s)
+			time.Sleep(c.wait)
+			s.Generation++ // what else changes meanwhile does not count
+			g.push(s)
+			begin := time.Now()
+			g.stop()
+			if err := <-g.stopped; err != nil {
+				t.Errorf("Run: %v", err)
+			}
+			if d := time.Since(begin); d >= 500*time.Millisecond != c.linger {
+				t.Errorf("ended after %s", d)
+			}
+		})
+	}
+}
+
 // TestDrainLimit: a gate ends though a client does not.
 func TestDrainLimit(t *testing.T) {
 	t.Parallel()

@@ -265,9 +265,14 @@ func (g *Gate) leave(life context.Context) {
 	g.mu.Lock()
 	g.terminating = true
 	g.drainLocked()
+	end := time.Now().Add(g.lingerLocked())
 	g.mu.Unlock()
-	for end := time.Now().Add(g.times.linger); time.Now().Before(end); {
-		if g.unknown() || !sleep(life, g.times.sweep/4) {
+	for time.Now().Before(end) {
+		if g.unknown() {
+			sleep(life, g.times.sweep) // whoever told it is being answered
+			return
+		}
+		if !sleep(life, g.times.sweep/4) {
 			return
 		}
 	}
@@ -293,6 +298,19 @@ func (g *Gate) unknown() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return len(g.routes) == 0 && len(g.conns) == 0
+}
+
+// lingerLocked is how long somebody may still come: until every node has heard that
+// this gate ends, or that a route's Service leads elsewhere. g.mu is held.
+func (g *Gate) lingerLocked() (longest time.Duration) {
+	for _, r := range g.routes {
+		left := g.times.linger
+		if s := r.spec.Load(); s.draining {
+			left -= time.Since(s.since)
+		}
+		longest = max(longest, left)
+	}
+	return longest
 }
 
 // shutdown ends all that is open. Run waits for it.

@@ -39,8 +39,9 @@ type spec struct {
 	intercept.Route
 	key      string
 	draining bool
-	over     bool     // draining, and nobody is at the machine's end
-	watch    *watcher // of its machine, nil without one
+	over     bool      // draining, and nobody is at the machine's end
+	since    time.Time // draining: by then its Service led elsewhere
+	watch    *watcher  // of its machine, nil without one
 }
 
 // machineNow tells whether something new may go to the machine.
@@ -101,7 +102,12 @@ func (g *Gate) applyLocked() {
 				g.failed[at] = fmt.Sprintf("asked for by %s and %s", other.key, key)
 				continue
 			}
-			s := &spec{Route: r, key: key, draining: e.Draining, over: e.Draining && e.Over}
+			s := &spec{Route: r, key: key, draining: e.Draining, over: e.Draining && e.Over, since: time.Now()}
+			if r := g.routes[at]; r != nil {
+				if old := r.spec.Load(); old.draining && old.key == key {
+					s.since = old.since
+				}
+			}
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
 			}

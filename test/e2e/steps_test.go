@@ -122,23 +122,16 @@ func (w *walker) step(t *testing.T, step string) {
 			w.tidy(t)
 		}
 	})
-	failed := make(chan error, 3)
-	stopped := [2]int{}
-	go func() { failed <- w.restarted.killed(step) }()
-	for i, one := range []*walk{&w.recovered, &w.reverted} {
-		go func() {
-			var err error
-			stopped[i], err = one.stoppedAt(step)
-			failed <- err
-		}()
-	}
-	if err := errors.Join(<-failed, <-failed, <-failed); err != nil {
-		t.Fatal(err)
+	restarted := make(chan error, 1)
+	go func() { restarted <- w.restarted.killed(step) }()
+	stopped, err := w.stop(step)
+	if err != nil {
+		t.Fatal(errors.Join(err, <-restarted))
 	}
 	took := []time.Duration{time.Since(begun)}
 	lap := func() { took = append(took, time.Since(begun).Round(10*time.Millisecond)) }
 	// Neither sessions nor daemon can do anything any more.
-	if err := lab.KillWith(stopped[:]...); err != nil {
+	if err := lab.KillWith(stopped...); err != nil {
 		t.Fatal(err)
 	}
 	served(t, "http", w.reverted.address, "cart-*")
@@ -149,7 +142,7 @@ func (w *walker) step(t *testing.T, step string) {
 	sameLines(t, w.linesOf(w.before, w.recovered), time.Second, func() []string { return w.linesOf(w.list(t), w.recovered) })
 	served(t, "http", w.recovered.address, "cart-*")
 	lap()
-	if err := lab.StartDaemon(); err != nil {
+	if err := errors.Join(lab.StartDaemon(), <-restarted); err != nil {
 		t.Fatal(err)
 	}
 	lap()
@@ -164,6 +157,32 @@ func (w *walker) step(t *testing.T, step string) {
 	w.before = w.list(t)
 	lap()
 	t.Logf("all at the step, killed, recovered, daemon there, as before, changed by the owner: %v", took)
+}
+
+// stop has the sessions at the laptop stop themselves at a step, at about the same
+// time: the daemon replaces one that is silent for 6 s.
+func (w *walker) stop(step string) (pids []int, err error) {
+	ways := []*walk{&w.recovered, &w.reverted}
+	if err := atOnce(ways, func(_ int, one *walk) error { return one.prepare("stop", step) }); err != nil {
+		return nil, err
+	}
+	pids = make([]int, len(ways))
+	return pids, atOnce(ways, func(i int, one *walk) (err error) {
+		pids[i], err = one.stopped(step)
+		return err
+	})
+}
+
+func atOnce(ways []*walk, f func(int, *walk) error) error {
+	failed := make(chan error, len(ways))
+	for i, one := range ways {
+		go func() { failed <- f(i, one) }()
+	}
+	var all []error
+	for range ways {
+		all = append(all, <-failed)
+	}
+	return errors.Join(all...)
 }
 
 // linesOf are those of a walk's Service and its origin.
@@ -200,22 +219,26 @@ func (o *walk) at(what, step string, args ...string) netlab.Result {
 	return netlab.Run(cmd)
 }
 
-// begin brings the walk's session to the step. The command ends when its session or
-// daemon does.
-func (o *walk) begin(what, step string) (ended chan netlab.Result, err error) {
-	last := exchangeOn(o.service)
-	if slices.Contains(stopSteps, step) {
-		if r := o.at(what, step, last...); r.Code != 0 {
-			return nil, fmt.Errorf("%s, exchange: %v", o.service, r)
-		}
-		if err := insideOf(5*time.Second, o.answers); err != nil { // three change at once, and nodes take a second
-			return nil, err
-		}
-		last = []string{"leave", o.service}
+// prepare brings the walk's session to where the command comes that does the step.
+func (o *walk) prepare(what, step string) error {
+	if !slices.Contains(stopSteps, step) {
+		return nil
 	}
-	ended = make(chan netlab.Result, 1)
-	go func() { ended <- o.at(what, step, last...) }()
-	return ended, nil
+	if r := o.at(what, step, exchangeOn(o.service)...); r.Code != 0 {
+		return fmt.Errorf("%s, exchange: %v", o.service, r)
+	}
+	return insideOf(5*time.Second, o.answers) // three change at once, and nodes take a second
+}
+
+// last is that command. It ends when its session or daemon does.
+func (o *walk) last(what, step string) chan netlab.Result {
+	args := exchangeOn(o.service)
+	if slices.Contains(stopSteps, step) {
+		args = []string{"leave", o.service}
+	}
+	ended := make(chan netlab.Result, 1)
+	go func() { ended <- o.at(what, step, args...) }()
+	return ended
 }
 
 // answers: the machine does.
@@ -235,11 +258,10 @@ func (o *walk) killed(step string) error {
 			return fmt.Errorf("expose: %v", r)
 		}
 	}
-	ended, err := o.begin("kill", step)
-	if err != nil {
+	if err := o.prepare("kill", step); err != nil {
 		return err
 	}
-	r := <-ended
+	r := <-o.last("kill", step)
 	if step == "lease-deleted" {
 		return nil // the session's end
 	}
@@ -249,9 +271,8 @@ func (o *walk) killed(step string) error {
 	if slices.Contains(startSteps, step) && step != "active" {
 		return nil // the command has ended its session
 	}
-	all, err := lastJSON[[]api.Session](o.Culvert(o.user, "status", "-o", "json").Stdout)
-	if err != nil || len(all) != 1 || all[0].Restarts != 1 {
-		return fmt.Errorf("want one session of %s that was restarted once: %+v, %w; %v", o.service, all, err, r)
+	if err := insideOf(10*time.Second, o.restartedOnce); err != nil {
+		return fmt.Errorf("%w; %v", err, r)
 	}
 	if step == "active" {
 		if err := insideOf(15*time.Second, o.answers); err != nil {
@@ -264,6 +285,15 @@ func (o *walk) killed(step string) error {
 		return fmt.Errorf("disconnect of %s: %v", o.service, r)
 	}
 	return nil
+}
+
+// restartedOnce: the daemon has the only session in a second process.
+func (o *walk) restartedOnce() error {
+	all, err := lastJSON[[]api.Session](o.Culvert(o.user, "status", "-o", "json").Stdout)
+	if err == nil && (len(all) != 1 || all[0].Restarts != 1) {
+		err = fmt.Errorf("want one session of %s that was restarted once: %+v", o.service, all)
+	}
+	return err
 }
 
 // nothingHere: the session has no intercepts.
@@ -286,12 +316,9 @@ func insideOf(d time.Duration, f func() error) (err error) {
 	return fmt.Errorf("after %v: %w", d, err)
 }
 
-// stoppedAt: at a step the session stops itself.
-func (o *walk) stoppedAt(step string) (pid int, err error) {
-	ended, err := o.begin("stop", step)
-	if err != nil {
-		return 0, err
-	}
+// stopped: at a step the session stops itself.
+func (o *walk) stopped(step string) (pid int, err error) {
+	ended := o.last("stop", step)
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
 		select {
 		case r := <-ended:
