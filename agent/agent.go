@@ -29,9 +29,9 @@
 //   - streams that have not introduced themselves: 16, and as many at the port for
 //     pods/proxy that have not proved themselves.
 //   - connections from the cluster: they are TCP connections as above, of which
-//     they may be half. 256 that have not introduced themselves, and as many
-//     watches, 10 KB each. UDP flows at exposed ports are among them, and queue
-//     8 MiB together.
+//     they may be half. 512 that have not shown a good token, and 256 watches,
+//     10 KB each. UDP flows at exposed ports are among them, and queue 8 MiB
+//     together.
 package agent
 
 import (
@@ -153,6 +153,7 @@ type timing struct {
 	lull     time.Duration // without bytes, once or twice, before a TCP connection gives its stacks back
 
 	header      time.Duration // for a gate's connection to introduce itself
+	proven      time.Duration // that a token is good once the session said so, and an address a gate's
 	watchDial   time.Duration // of the watch of the session
 	sessionDial time.Duration // of a connection from the cluster
 	answer      time.Duration // the same, with the session's status: its dial takes 1.5 s at most, and a gate waits 2
@@ -176,6 +177,7 @@ func defaultTiming() timing {
 		lull:     100 * time.Millisecond,
 
 		header:      5 * time.Second,
+		proven:      time.Minute,
 		watchDial:   time.Second,
 		sessionDial: intercept.SilentAfter,
 		answer:      1800 * time.Millisecond,

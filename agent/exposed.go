@@ -208,12 +208,19 @@ func (p *exposedPort) header(network string, client, server netip.AddrPort) inte
 	return intercept.Header{Network: network, ID: p.id, Token: p.token, Client: client, Server: server}
 }
 
+// most is how many connections from the cluster there may be when one more comes by
+// an exposed port, where anybody may open them: the last quarter is for gates.
+func (x *exposed) most() int {
+	n := x.node.agent.cfg.MaxInbound
+	return n - n/4
+}
+
 // met leads one connection to the session. Its client has it already: all that can
 // be told about a session that does not take it is a reset.
 func (p *exposedPort) met(c *net.TCPConn) {
 	n := p.all.node
 	n.spawn(func() {
-		n.door.lead(p.header(intercept.TCP, remoteOf(c), localOf(c)), c, func(s intercept.Status) error {
+		n.door.lead(p.header(intercept.TCP, remoteOf(c), localOf(c)), p.all.most(), c, func(s intercept.Status) error {
 			if s != intercept.Accepted {
 				reset(c)
 			}

@@ -121,7 +121,7 @@ func (f *exposedFlow) reset() {
 func (f *exposedFlow) run() {
 	defer f.forget()
 	door := f.socket.port.all.node.door
-	c, s := door.ask(f.socket.port.header(intercept.UDP, f.client, f.socket.at))
+	c, s := door.ask(f.socket.port.header(intercept.UDP, f.client, f.socket.at), f.socket.port.all.most())
 	if s != intercept.Accepted {
 		return
 	}

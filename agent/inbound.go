@@ -16,12 +16,15 @@ import (
 )
 
 const (
-	// maxUnmetInbound bounds the connections of gates whose header has not come:
-	// it comes with the first packet.
-	maxUnmetInbound = 256
-	// maxUnmetInboundFrom bounds those of one source, so that one pod cannot keep
-	// the gates out; a gate may open many at once.
-	maxUnmetInboundFrom = 128
+	// maxStrangers bounds the connections that have not shown a good token, from
+	// addresses that never did, and maxStrangersFrom those of one address: what other
+	// pods do is to leave room for a gate that is new.
+	maxStrangers     = 256
+	maxStrangersFrom = 32
+	// maxUnmetGates bounds the same for addresses of gates; the token of one may be new,
+	// too, and a gate may open many at once.
+	maxUnmetGates    = 256
+	maxUnmetGateFrom = 128
 	// maxWatches bounds the watches of gates: each gate has one, and a namespace has
 	// two gates, or two for each headless Service.
 	maxWatches = 256
@@ -33,8 +36,11 @@ type inboundDoor struct {
 	node      *node
 	machine   *machine
 	listeners []net.Listener
-	unmet     *lobby
-	leaving   chan struct{} // closed when the agent is about to end
+	strangers *lobby              // those that have shown no good token
+	unmet     *lobby              // the same, from addresses in gates
+	gates     *proven[netip.Addr] // addresses that showed one
+	proofs    *proven[proof]      // of headers
+	leaving   chan struct{}       // closed when the agent is about to end
 
 	mu      sync.Mutex
 	open    int // led or being led to the session
@@ -58,11 +64,14 @@ type sessionConn struct {
 
 func newInboundDoor(n *node) *inboundDoor {
 	d := &inboundDoor{
-		node:    n,
-		unmet:   newLobby(maxUnmetInbound, maxUnmetInboundFrom),
-		leaving: make(chan struct{}),
-		joined:  map[resetter]struct{}{},
-		empty:   make(chan struct{}),
+		node:      n,
+		strangers: newLobby(maxStrangers, maxStrangersFrom),
+		unmet:     newLobby(maxUnmetGates, maxUnmetGateFrom),
+		gates:     newProven[netip.Addr](n.agent.times.proven),
+		proofs:    newProven[proof](n.agent.times.proven),
+		leaving:   make(chan struct{}),
+		joined:    map[resetter]struct{}{},
+		empty:     make(chan struct{}),
 	}
 	d.machine = newMachine(n, d.resetAll)
 	return d
@@ -94,40 +103,89 @@ func (d *inboundDoor) close() {
 	d.resetAll()
 }
 
-// met has one connection of a gate say what it is for.
+// met has one connection of a gate say what it is for. Anybody can connect: who has
+// not shown a good token is in a lobby, and takes no room from those who have.
 func (d *inboundDoor) met(c *net.TCPConn) {
 	from := remoteOf(c).Addr()
-	if !d.unmet.enter(from) {
+	lobby := d.strangers
+	if d.gates.has(from) {
+		lobby = d.unmet
+	}
+	if !lobby.enter(from) {
 		c.Close()
 		d.node.agent.metrics.refused("inbound")
 		return
 	}
 	d.node.spawn(func() {
+		known := sync.OnceFunc(func() { lobby.leave(from) })
+		defer known()
 		stop := context.AfterFunc(d.node.ctx, func() { c.Close() })
 		_ = c.SetReadDeadline(time.Now().Add(d.node.agent.times.header))
 		h, err := intercept.ReadHeader(c)
-		d.unmet.leave(from)
 		if err != nil || !stop() {
 			reset(c)
 			return
 		}
 		_ = c.SetReadDeadline(time.Time{})
-		if h.Network == intercept.Watch {
-			d.beat(c)
-			return
+		if d.proofs.has(proofOf(h)) {
+			known()
 		}
-		d.lead(h, c, func(s intercept.Status) error {
+		say := func(s intercept.Status) error {
+			known()
 			_ = c.SetWriteDeadline(time.Now().Add(d.node.agent.times.header))
 			defer func() { _ = c.SetWriteDeadline(time.Time{}) }()
 			return intercept.WriteStatus(c, s)
-		})
+		}
+		if h.Network != intercept.Watch {
+			d.lead(h, d.node.agent.cfg.MaxInbound, c, func(s intercept.Status) error {
+				d.learn(h, from, s)
+				return say(s)
+			})
+			return
+		}
+		if s := d.check(h, from); s != intercept.Accepted {
+			_ = say(s) // who does not hear it asks again
+			c.Close()
+			return
+		}
+		known()
+		d.beat(c, from)
 	})
 }
 
-// lead joins c to the session, as h introduces it, and owns it. What came of it is
-// given to say before anything else moves; an error of that ends both.
-func (d *inboundDoor) lead(h intercept.Header, c *net.TCPConn, say func(intercept.Status) error) {
-	to, s := d.ask(h)
+// learn remembers what the session's answer to a header from an address proves.
+func (d *inboundDoor) learn(h intercept.Header, from netip.Addr, s intercept.Status) {
+	switch s {
+	case intercept.Accepted, intercept.Refused:
+		d.proofs.add(proofOf(h))
+		d.gates.add(from)
+	case intercept.Unknown:
+		d.proofs.drop(proofOf(h))
+	}
+}
+
+// check is whether a watch may be had with h: Accepted, or what there is to say
+// instead. None is kept for who could not be checked: it would be the session's
+// work, and a gate asks again soon.
+func (d *inboundDoor) check(h intercept.Header, from netip.Addr) intercept.Status {
+	switch {
+	case h.ID == "" || h.Token == "":
+		return intercept.Unknown // the session would take it for the agent's own
+	case d.proofs.has(proofOf(h)):
+		return intercept.Accepted
+	}
+	c, s := d.machine.ask(h)
+	if s == intercept.Accepted {
+		c.reset()
+	}
+	d.learn(h, from, s)
+	return s
+}
+
+// lead joins c to the session, as h introduces it, and owns it; most is for ask. What
+// came of it is given to say before anything else moves; an error of that ends both.
+func (d *inboundDoor) lead(h intercept.Header, most int, c *net.TCPConn, say func(intercept.Status) error) {
+	to, s := d.ask(h, most)
 	if s != intercept.Accepted {
 		_ = say(s) // who does not hear it waits for no connection
 		c.Close()
@@ -146,16 +204,15 @@ func (d *inboundDoor) lead(h intercept.Header, c *net.TCPConn, say func(intercep
 	}
 }
 
-// ask leads h to the session. After Accepted the connection counts as open, until
-// leave, or note and forget.
-func (d *inboundDoor) ask(h intercept.Header) (*sessionConn, intercept.Status) {
+// ask leads h to the session, if fewer than most connections are open. After
+// Accepted it counts as open, and the machine is needed, until note and forget.
+func (d *inboundDoor) ask(h intercept.Header, most int) (*sessionConn, intercept.Status) {
 	m := d.node.agent.metrics
 	m.inboundTotal.Inc()
-	if !d.enter() {
+	if !d.enter(most) {
 		m.inboundAway.Inc()
 		return nil, intercept.Away
 	}
-	d.machine.need()
 	d.mu.Lock()
 	turn := d.turn
 	d.mu.Unlock()
@@ -163,6 +220,7 @@ func (d *inboundDoor) ask(h intercept.Header) (*sessionConn, intercept.Status) {
 	switch s {
 	case intercept.Accepted:
 		c.turn = turn
+		d.machine.need() // not before: anybody may ask
 		return c, s
 	case intercept.Away:
 		m.inboundAway.Inc()
@@ -173,31 +231,30 @@ func (d *inboundDoor) ask(h intercept.Header) (*sessionConn, intercept.Status) {
 	return nil, s
 }
 
-// enter counts a connection; false when there is no room for it, or the agent is
+// enter counts a connection, of which there may be most; false when there is no room for it, or the agent is
 // about to end: then it is better served elsewhere.
-func (d *inboundDoor) enter() bool {
+func (d *inboundDoor) enter(most int) bool {
 	n := d.node
 	if !n.gov.admits() || n.tcp.total() >= n.agent.cfg.MaxTCP {
 		return false
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.left || d.open >= n.agent.cfg.MaxInbound || n.ctx.Err() != nil {
+	if d.left || d.open >= most || n.ctx.Err() != nil {
 		return false
 	}
 	d.open++
 	return true
 }
 
-// leave is the opposite of enter, and of the need for the machine.
+// leave is the opposite of enter.
 func (d *inboundDoor) leave() {
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.open--
 	if d.left && d.open == 0 {
 		close(d.empty)
 	}
-	d.mu.Unlock()
-	d.machine.release()
 }
 
 // note has a connection of a turn end when the machine is lost: at once, if that
@@ -212,13 +269,14 @@ func (d *inboundDoor) note(r resetter, turn int) {
 	}
 }
 
-// forget is the opposite of note, and leave, once.
+// forget is the opposite of note and of ask, once.
 func (d *inboundDoor) forget(r resetter) {
 	d.mu.Lock()
 	_, ok := d.joined[r]
 	delete(d.joined, r)
 	d.mu.Unlock()
 	if ok {
+		d.machine.release()
 		d.leave()
 	}
 }
@@ -277,8 +335,8 @@ func (d *inboundDoor) drain(ctx context.Context) {
 }
 
 // beat tells a gate how the machine is: every BeatEvery, and at once when that
-// changes.
-func (d *inboundDoor) beat(c *net.TCPConn) {
+// changes. As long as it does the address is known as a gate's.
+func (d *inboundDoor) beat(c *net.TCPConn, from netip.Addr) {
 	defer c.Close()
 	d.mu.Lock()
 	full := d.watches >= maxWatches
@@ -301,6 +359,7 @@ func (d *inboundDoor) beat(c *net.TCPConn) {
 	defer t.Stop()
 	leaving := d.leaving
 	for {
+		d.gates.add(from)
 		s, change := d.machine.now()
 		if leaving == nil {
 			s = intercept.Leaving

@@ -30,6 +30,7 @@ type machineStub struct {
 	l       *gonet.TCPListener
 	status  atomic.Int32 // of connections
 	dead    atomic.Bool  // says nothing any more
+	checks  atomic.Int32 // watches of gates that it was asked about
 	headers chan intercept.Header
 	conns   chan *gonet.TCPConn // accepted, with TCP
 	wg      sync.WaitGroup
@@ -86,7 +87,15 @@ func (m *machineStub) serve(conn *gonet.TCPConn) {
 	if m.dead.Load() {
 		return
 	}
+	if h.Token == "wrong" {
+		_ = intercept.WriteStatus(conn, intercept.Unknown)
+		conn.Close()
+		return
+	}
 	if h.Network == intercept.Watch {
+		if h.ID != "" {
+			m.checks.Add(1)
+		}
 		for !m.dead.Load() && intercept.WriteStatus(conn, intercept.Accepted) == nil {
 			time.Sleep(100 * time.Millisecond)
 		}
@@ -127,15 +136,26 @@ func (m *machineStub) cut(away bool) {
 // gate connects as a gate does, and returns the connection after its header.
 func gate(t testing.TB, to netip.Addr, h intercept.Header) *net.TCPConn {
 	t.Helper()
-	conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(to, intercept.Port).String(), 5*time.Second)
+	conn := knock(t, netip.Addr{}, to)
+	if err := intercept.WriteHeader(conn, h); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// knock connects from an address, if that is valid, and says nothing.
+func knock(t testing.TB, from, to netip.Addr) *net.TCPConn {
+	t.Helper()
+	d := net.Dialer{Timeout: 5 * time.Second}
+	if from.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	}
+	conn, err := d.Dial("tcp", netip.AddrPortFrom(to, intercept.Port).String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
 	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-	if err := intercept.WriteHeader(conn, h); err != nil {
-		t.Fatal(err)
-	}
 	return conn.(*net.TCPConn)
 }
 
@@ -163,6 +183,8 @@ func (m *machineStub) through(t testing.TB) (*net.TCPConn, *gonet.TCPConn) {
 
 var tcpHeader = intercept.Header{Network: intercept.TCP, ID: "i1", Token: "secret",
 	Client: netip.MustParseAddrPort("10.1.2.3:4"), Server: netip.MustParseAddrPort("10.5.6.7:8")}
+
+var watchHeader = intercept.Header{Network: intercept.Watch, ID: "i1", Token: "secret"}
 
 // isReset tells whether conn ends with a RST.
 func isReset(conn net.Conn) bool {
@@ -229,7 +251,7 @@ func TestInboundStatus(t *testing.T) {
 
 func TestInboundUnmet(t *testing.T) {
 	a, _ := intercepted(t, Config{}, func(x *timing) { x.header = 300 * time.Millisecond })
-	conns := make([]net.Conn, maxUnmetInboundFrom+1)
+	conns := make([]net.Conn, maxStrangersFrom+1)
 	for i := range conns {
 		var err error
 		if conns[i], err = net.Dial("tcp", netip.AddrPortFrom(target, intercept.Port).String()); err != nil {
@@ -244,7 +266,7 @@ func TestInboundUnmet(t *testing.T) {
 		}
 	}
 	eventually(t, "nobody waits", func() bool {
-		l := a.node().door.unmet
+		l := a.node().door.strangers
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return l.waiting == 0 && len(l.from) == 0
@@ -282,7 +304,7 @@ func TestInboundResets(t *testing.T) {
 // TestInboundAway: the machine falls silent, and comes back.
 func TestInboundAway(t *testing.T) {
 	a, m := intercepted(t, Config{}, func(x *timing) { x.lost = 3 * time.Second })
-	watch := gate(t, target, intercept.Header{Network: intercept.Watch})
+	watch := gate(t, target, watchHeader)
 	if s := status(t, watch); s != intercept.Accepted {
 		t.Fatalf("the machine is %v", s)
 	}
@@ -384,7 +406,7 @@ func TestWatchEnds(t *testing.T) {
 // TestInboundLeaving: an agent that ends waits for what is open.
 func TestInboundLeaving(t *testing.T) {
 	a, m := intercepted(t, Config{Drain: 10 * time.Second}, nil)
-	watch := gate(t, target, intercept.Header{Network: intercept.Watch})
+	watch := gate(t, target, watchHeader)
 	status(t, watch)
 	conn, end := m.through(t)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -108,13 +108,13 @@ func (in *inbound) Reset(id string) {
 	}
 }
 
-// find is the target that h may have.
+// find is the target that h may have; a watch fits one of any network.
 func (in *inbound) find(h intercept.Header) (target, bool) {
 	in.mu.Lock()
 	t, ok := in.targets[h.ID]
 	in.mu.Unlock()
 	same := subtle.ConstantTimeCompare([]byte(h.Token), []byte(t.Token)) == 1
-	return t, ok && same && t.Token != "" && h.Network == t.Network
+	return t, ok && same && t.Token != "" && (h.Network == t.Network || h.Network == intercept.Watch)
 }
 
 // serve is the handler of the tunnel's end.
@@ -144,13 +144,14 @@ func (in *inbound) meet(ctx context.Context, c wire.Inbound) (run func()) {
 	}
 	_ = c.SetReadDeadline(time.Time{})
 	c.Introduced()
-	if h.Network == intercept.Watch {
-		return func() { beat(ctx, c) }
-	}
 	t, ok := in.find(h)
-	if !ok {
+	own := h.Network == intercept.Watch && h.ID == "" && h.Token == "" // the agent's, no gate behind it
+	if !ok && !own {
 		in.answer(c, h, intercept.Unknown, nil)
 		return nil
+	}
+	if h.Network == intercept.Watch {
+		return func() { beat(ctx, c) }
 	}
 	if t.Network == intercept.UDP {
 		return in.meetUDP(ctx, c, h, t)

@@ -201,6 +201,41 @@ func TestInboundWatch(t *testing.T) {
 	}
 }
 
+// TestInboundWatchProof: what a gate shows to its agent is checked here; the agent
+// itself shows nothing.
+func TestInboundWatchProof(t *testing.T) {
+	in := targetsOf(t, map[string]target{
+		"tcp": {Token: "t", Network: intercept.TCP}, "udp": {Token: "u", Network: intercept.UDP}, "bare": {Network: intercept.TCP},
+		"gone": {Token: "t", Network: intercept.TCP},
+	})
+	if err := in.Remove("gone"); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		id, token string
+		want      intercept.Status
+	}{
+		{"", "", intercept.Accepted},
+		{"tcp", "t", intercept.Accepted},
+		{"udp", "u", intercept.Accepted},
+		{"tcp", "u", intercept.Unknown},
+		{"tcp", "", intercept.Unknown},
+		{"", "t", intercept.Unknown},
+		{"bare", "", intercept.Unknown},
+		{"gone", "t", intercept.Unknown},
+		{"other", "t", intercept.Unknown},
+	} {
+		c, got := arrive(t, in, intercept.Header{Network: intercept.Watch, ID: test.id, Token: test.token})
+		if got != test.want {
+			t.Errorf("%q, %q: %v", test.id, test.token, got)
+		}
+		_, err := intercept.ReadStatus(c)
+		if beats := err == nil; beats != (test.want == intercept.Accepted) {
+			t.Errorf("%q, %q: then %v", test.id, test.token, err)
+		}
+	}
+}
+
 // TestInboundHalfClose: the program answers after the client's FIN, and the
 // client goes on after the program's.
 func TestInboundHalfClose(t *testing.T) {

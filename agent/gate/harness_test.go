@@ -251,6 +251,8 @@ type fakeAgent struct {
 	say   atomic.Int32 // the Status of connections, 0: none at all
 	beat  atomic.Int32 // the Status of watches, 0: silence
 	seen  chan intercept.Header
+	shown chan intercept.Header // of watches
+	bad   sync.Map              // IDs whose watches are told Unknown
 	serve func(intercept.Header, *net.TCPConn)
 
 	mu    sync.Mutex
@@ -262,7 +264,7 @@ func startAgent(t *testing.T, handle func(intercept.Header, *net.TCPConn)) *fake
 	if handle == nil {
 		handle = func(_ intercept.Header, c *net.TCPConn) { answerLines("machine", c) }
 	}
-	a := &fakeAgent{seen: make(chan intercept.Header, 1000), serve: handle}
+	a := &fakeAgent{seen: make(chan intercept.Header, 1000), shown: make(chan intercept.Header, 1000), serve: handle}
 	a.say.Store(int32(intercept.Accepted))
 	a.beat.Store(int32(intercept.Accepted))
 	a.listen(t, "127.0.0.1:0")
@@ -310,6 +312,11 @@ func (a *fakeAgent) handle(c *net.TCPConn) {
 	}
 	if h.Network == intercept.Watch {
 		defer c.Close()
+		a.shown <- h
+		if _, bad := a.bad.Load(h.ID); bad {
+			_ = intercept.WriteStatus(c, intercept.Unknown)
+			return
+		}
 		for {
 			if s := a.beat.Load(); s != 0 {
 				if intercept.WriteStatus(c, intercept.Status(s)) != nil {

@@ -90,6 +90,7 @@ func (c *counters) opened(machine bool) (ended func()) {
 func (g *Gate) applyLocked() {
 	specs := map[place]*spec{}
 	watchers := map[string]*watcher{}
+	proofs := map[*watcher][]proof{}
 	clear(g.failed)
 	for _, key := range slices.Sorted(maps.Keys(g.state.Entries)) {
 		e := g.state.Entries[key]
@@ -110,6 +111,7 @@ func (g *Gate) applyLocked() {
 			}
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
+				proofs[s.watch] = append(proofs[s.watch], proof{r.Machine.ID, r.Machine.Token, e.Holder.Since.UnixNano()})
 			}
 			specs[at] = s
 		}
@@ -117,6 +119,12 @@ func (g *Gate) applyLocked() {
 	for key, w := range g.watchers {
 		if watchers[key] == nil {
 			w.stop()
+		}
+	}
+	for key, w := range watchers {
+		w.prove(proofs[w])
+		if g.watchers[key] == nil {
+			w.start()
 		}
 	}
 	g.watchers = watchers
@@ -142,7 +150,7 @@ func (g *Gate) applyLocked() {
 }
 
 // watcherLocked is the one watcher of these agents: of all routes, and of the
-// state before.
+// state before. A new one is not started.
 func (g *Gate) watcherLocked(next map[string]*watcher, agents []string) *watcher {
 	key := strings.Join(agents, ",")
 	w := next[key]
@@ -151,7 +159,6 @@ func (g *Gate) watcherLocked(next map[string]*watcher, agents []string) *watcher
 	}
 	if w == nil {
 		w = newWatcher(g, agents)
-		w.start()
 	}
 	next[key] = w
 	return w

@@ -1,10 +1,12 @@
 package gate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -20,12 +22,73 @@ type watcher struct {
 	stop   context.CancelFunc
 	now    atomic.Int32 // an intercept.Status, 0 while nothing is known
 	first  atomic.Int32 // index of the address that answered last
+
+	// Of its goroutine.
+	heard   time.Time // when the agent said something last
+	unknown int       // proofs in a row that were not good
+
+	mu     sync.Mutex
+	proofs []proof  // of its routes, never empty: the first is shown
+	conn   net.Conn // the watch, by that proof; nil: there is none
+}
+
+// proof is what a watch shows, to be told how the machine is.
+type proof struct {
+	id, token string
+	since     int64 // unix nanoseconds, when the intercept began
 }
 
 func newWatcher(g *Gate, agents []string) *watcher {
 	w := &watcher{gate: g, agents: slices.Clone(agents)}
 	w.ctx, w.stop = context.WithCancel(g.life)
 	return w
+}
+
+// prove has the watch show one of these, the newest first. One that it shows already
+// is good for as long as it is among them. It owns proofs, and comes before start.
+func (w *watcher) prove(proofs []proof) {
+	slices.SortStableFunc(proofs, func(a, b proof) int { return cmp.Compare(b.since, a.since) })
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.proofs) > 0 {
+		shown := w.proofs[0]
+		if i := slices.Index(proofs, shown); i >= 0 {
+			proofs = slices.Insert(slices.Delete(proofs, i, i+1), 0, shown)
+		} else if w.conn != nil {
+			w.conn.Close() // and listen dials anew
+		}
+	}
+	w.proofs = proofs
+}
+
+// show introduces the watch c.
+func (w *watcher) show(c net.Conn) (proof, error) {
+	w.mu.Lock()
+	p := w.proofs[0]
+	w.conn = c
+	w.mu.Unlock()
+	return p, intercept.WriteHeader(c, intercept.Header{Network: intercept.Watch, ID: p.id, Token: p.token})
+}
+
+// ended tells whether a watch that showed p ended because its route did.
+func (w *watcher) ended(p proof) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.conn = nil
+	return !slices.Contains(w.proofs, p)
+}
+
+// another has the next watch show another proof than p, if there is one that was
+// not tried since one was good.
+func (w *watcher) another(p proof) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.conn = nil
+	w.unknown++
+	if w.proofs[0] == p {
+		w.proofs = append(slices.Clone(w.proofs[1:]), p)
+	}
+	return w.unknown%len(w.proofs) != 0
 }
 
 func (w *watcher) start() { w.gate.wg.Go(w.run) }
@@ -53,56 +116,56 @@ func (w *watcher) set(s intercept.Status) {
 // run dials anew whenever the watch breaks: TCP itself would wait longer and
 // longer before it asks again after a cut.
 func (w *watcher) run() {
-	heard := time.Now()
-	lost := false
+	w.heard = time.Now()
+	var lost time.Time // what heard was when it was lost
 	for w.ctx.Err() == nil {
 		dialled := time.Now()
-		if at, ok := w.listen(); ok {
-			heard, lost = at, false
+		if w.listen() || w.ctx.Err() != nil {
 			continue // at once, for the first time
 		}
-		if w.ctx.Err() != nil {
-			return
-		}
 		w.set(intercept.Away)
-		if !lost && time.Since(heard) > w.gate.times.lost {
+		if lost != w.heard && time.Since(w.heard) > w.gate.times.lost {
 			// Not by TCP_USER_TIMEOUT, which would also end a connection whose program
 			// stands at a breakpoint and reads nothing.
-			lost = true
+			lost = w.heard
 			w.gate.resetAgent(w)
 		}
 		sleep(w.ctx, time.Until(dialled.Add(w.gate.times.redial)))
 	}
 }
 
-// listen follows one watch to its end, and tells when it said something last, if
-// it did.
-func (w *watcher) listen() (heard time.Time, ok bool) {
+// listen follows one watch to its end, and tells whether the next is worth a try at
+// once: this one was good, or it did not show what it should.
+func (w *watcher) listen() (again bool) {
 	c, err := w.dial(w.ctx)
 	if err != nil {
-		return heard, false
+		return false
 	}
 	defer c.Close()
 	defer context.AfterFunc(w.ctx, func() { c.Close() })()
 	_ = c.SetDeadline(time.Now().Add(w.gate.times.silent)) // fails when it is closed, and so does what follows
-	if err := intercept.WriteHeader(c, intercept.Header{Network: intercept.Watch}); err != nil {
-		return heard, false
-	}
-	for {
-		s, err := intercept.ReadStatus(c)
-		if err != nil {
-			if ne, is := err.(net.Error); is && ne.Timeout() {
-				w.set(intercept.Away)
-			}
-			return heard, ok
+	p, err := w.show(c)
+	for err == nil {
+		var s intercept.Status
+		if s, err = intercept.ReadStatus(c); err != nil {
+			break
 		}
-		heard, ok = time.Now(), true
-		if s != intercept.Accepted && s != intercept.Leaving {
-			s = intercept.Away
+		w.heard = time.Now()
+		switch s {
+		case intercept.Unknown: // nobody is told by it how the machine is
+			return w.another(p)
+		case intercept.Accepted, intercept.Leaving:
+			w.unknown, again = 0, true
+		default:
+			s, again = intercept.Away, false
 		}
 		w.set(s)
-		_ = c.SetDeadline(heard.Add(w.gate.times.silent))
+		_ = c.SetDeadline(w.heard.Add(w.gate.times.silent))
 	}
+	if ne, is := err.(net.Error); is && ne.Timeout() {
+		w.set(intercept.Away)
+	}
+	return w.ended(p) || again
 }
 
 // agentKeepAlive finds a dead node behind an idle connection within LostAfter; of

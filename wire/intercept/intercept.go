@@ -31,9 +31,11 @@ const Port = 7535
 
 // Networks of a Header.
 const (
-	TCP   = "tcp"
-	UDP   = "udp"   // datagrams, framed
-	Watch = "watch" // no connection: a Status every BeatEvery
+	TCP = "tcp"
+	UDP = "udp" // datagrams, framed
+	// Watch is no connection: a Status every BeatEvery. One that is not given, since
+	// the ID and Token do not fit or cannot be checked, gets one Status and ends.
+	Watch = "watch"
 )
 
 // BeatEvery is how often a watch says how it is; a watch that is silent for
@@ -52,7 +54,9 @@ const LostAfter = 30 * time.Second
 type Header struct {
 	Network string `json:"net"`
 	// ID names the intercept, and Token proves that the gate was told of it by
-	// its owner. A watch needs neither.
+	// its owner. A gate's watch has those of any intercept that it leads to the
+	// agent; the agent has the session check them. The agent's own watch of the
+	// session has neither.
 	ID    string `json:"id,omitempty"`
 	Token string `json:"token,omitempty"`
 	// Client is who connects, and Server what he connected to, as far as known.
