@@ -153,8 +153,10 @@ func cableCut(t *testing.T) {
 	}
 	fast := startLoad(t, "node2", url, 3*time.Second, "--keepalive=false").wait(t)
 	fast.none(t)
-	if fast.P99 > 100 {
-		t.Errorf("while the machine is known to be away, p99 is %v ms", fast.P99)
+	// Who waited for the machine would wait for a second at least; the rest is this
+	// test's own machine, which has all nodes and clients.
+	if fast.P50 > 50 || fast.P99 > 500 {
+		t.Errorf("while the machine is known to be away, p50 is %v ms, p99 %v ms", fast.P50, fast.P99)
 	}
 	r := <-hold
 	lost := time.Since(cut)
