@@ -12,8 +12,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // raw is a server of exact bytes: for each request head that it reads it writes
@@ -461,41 +459,6 @@ func TestAcceptsWhileLeaving(t *testing.T) {
 	}
 	if _, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", route.Listen)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("afterwards: %v", err)
-	}
-}
-
-// TestLeavesAtOnce: a gate whose last intercept ended a while ago does not wait for
-// clients that cannot come any more.
-func TestLeavesAtOnce(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		change func(intercept.State) intercept.State
-		wait   time.Duration
-		linger bool
-	}{
-		"active":         {func(s intercept.State) intercept.State { return s }, 700 * time.Millisecond, true},
-		"just drained":   {draining, 0, true},
-		"drained before": {draining, 700 * time.Millisecond, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := startGate(t, Config{Drain: 5 * time.Second}, func(x *timing) { x.linger = 600 * time.Millisecond })
-			s := stateOf(1, tcpRoute(t, httpServer(t, "origin"), nil))
-			g.push(s)
-			s = c.change(s)
-			g.push(s)
-			time.Sleep(c.wait)
-			s.Generation++ // what else changes meanwhile does not count
-			g.push(s)
-			begin := time.Now()
-			g.stop()
-			if err := <-g.stopped; err != nil {
-				t.Errorf("Run: %v", err)
-			}
-			if d := time.Since(begin); d >= 500*time.Millisecond != c.linger {
-				t.Errorf("ended after %s", d)
-			}
-		})
 	}
 }
 

@@ -265,9 +265,9 @@ func (g *Gate) leave(life context.Context) {
 	g.mu.Lock()
 	g.terminating = true
 	g.drainLocked()
-	linger := g.lingerLocked()
+	idle := len(g.routes) == 0 && len(g.conns) == 0 // nobody knows the way here any more
 	g.mu.Unlock()
-	if !sleep(life, linger) {
+	if idle || !sleep(life, g.times.linger) {
 		return
 	}
 	g.mu.Lock()
@@ -284,19 +284,6 @@ func (g *Gate) leave(life context.Context) {
 			return
 		}
 	}
-}
-
-// lingerLocked is how long somebody may still come: until every node has heard that
-// this gate ends, or that a route's Service leads elsewhere. g.mu is held.
-func (g *Gate) lingerLocked() (longest time.Duration) {
-	for _, r := range g.routes {
-		left := g.times.linger
-		if s := r.spec.Load(); s.draining {
-			left -= time.Since(s.since)
-		}
-		longest = max(longest, left)
-	}
-	return longest
 }
 
 // shutdown ends all that is open. Run waits for it.

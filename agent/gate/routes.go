@@ -39,8 +39,7 @@ type spec struct {
 	intercept.Route
 	key      string
 	draining bool
-	since    time.Time // draining: by then its Service led elsewhere
-	watch    *watcher  // of its machine, nil without one
+	watch    *watcher // of its machine, nil without one
 }
 
 // machineNow tells whether something new may go to the machine.
@@ -101,12 +100,7 @@ func (g *Gate) applyLocked() {
 				g.failed[at] = fmt.Sprintf("asked for by %s and %s", other.key, key)
 				continue
 			}
-			s := &spec{Route: r, key: key, draining: e.Draining, since: time.Now()}
-			if r := g.routes[at]; r != nil {
-				if old := r.spec.Load(); old.draining && old.key == key {
-					s.since = old.since
-				}
-			}
+			s := &spec{Route: r, key: key, draining: e.Draining}
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
 			}
