@@ -144,7 +144,10 @@ func (s *server) disconnect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
-	list := s.sup.selected(who, req.ID, req.Context)
+	list := s.sup.whole(who, req.ID, req.Context)
+	if req.ID != "" { // one that undoes what a dead session left is ended by its name only
+		list = s.sup.selected(who, req.ID, req.Context)
+	}
 	forgotten := s.sup.forgetBoot(who, func(b bootRecord) bool {
 		for _, one := range list {
 			if one.account.UID == b.UID && (bootRecord{UID: b.UID, Options: one.options}).name() == b.name() {
