@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // raw is a server of exact bytes: for each request head that it reads it writes
@@ -462,7 +464,6 @@ func TestAcceptsWhileLeaving(t *testing.T) {
 	}
 }
 
-<<<<<<< HEAD
 // TestDrainOver: what is open to a session that is dead is reset at once, and what
 // is open to the origin is not.
 func TestDrainOver(t *testing.T) {
@@ -559,8 +560,6 @@ func TestLeavesAtOnce(t *testing.T) {
 	}
 }
 
-=======
->>>>>>> h-dbg2
 // TestDrainLimit: a gate ends though a client does not.
 func TestDrainLimit(t *testing.T) {
 	t.Parallel()

@@ -265,7 +265,6 @@ func (g *Gate) leave(life context.Context) {
 	g.mu.Lock()
 	g.terminating = true
 	g.drainLocked()
-<<<<<<< HEAD
 	end := time.Now().Add(g.lingerLocked())
 	g.mu.Unlock()
 	for time.Now().Before(end) {
@@ -276,12 +275,6 @@ func (g *Gate) leave(life context.Context) {
 		if !sleep(life, g.times.sweep/4) {
 			return
 		}
-=======
-	idle := len(g.routes) == 0 && len(g.conns) == 0 // nobody knows the way here any more
-	g.mu.Unlock()
-	if idle || !sleep(life, g.times.linger) {
-		return
->>>>>>> h-dbg2
 	}
 	g.mu.Lock()
 	g.shut = true
@@ -299,7 +292,6 @@ func (g *Gate) leave(life context.Context) {
 	}
 }
 
-<<<<<<< HEAD
 // unknown: nobody knows the way here any more. Whoever took the last entry out has
 // waited for that, and tells the gate of it about when it gets its SIGTERM.
 func (g *Gate) unknown() bool {
@@ -321,8 +313,6 @@ func (g *Gate) lingerLocked() (longest time.Duration) {
 	return longest
 }
 
-=======
->>>>>>> h-dbg2
 // shutdown ends all that is open. Run waits for it.
 func (g *Gate) shutdown() {
 	g.mu.Lock()

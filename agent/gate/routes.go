@@ -39,13 +39,9 @@ type spec struct {
 	intercept.Route
 	key      string
 	draining bool
-<<<<<<< HEAD
 	over     bool      // draining, and nobody is at the machine's end
 	since    time.Time // draining: by then its Service led elsewhere
 	watch    *watcher  // of its machine, nil without one
-=======
-	watch    *watcher // of its machine, nil without one
->>>>>>> h-dbg2
 }
 
 // machineNow tells whether something new may go to the machine.
@@ -107,16 +103,12 @@ func (g *Gate) applyLocked() {
 				g.failed[at] = fmt.Sprintf("asked for by %s and %s", other.key, key)
 				continue
 			}
-<<<<<<< HEAD
 			s := &spec{Route: r, key: key, draining: e.Draining, over: e.Draining && e.Over, since: time.Now()}
 			if r := g.routes[at]; r != nil {
 				if old := r.spec.Load(); old.draining && old.key == key {
 					s.since = old.since
 				}
 			}
-=======
-			s := &spec{Route: r, key: key, draining: e.Draining}
->>>>>>> h-dbg2
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
 				proofs[s.watch] = append(proofs[s.watch], proof{r.Machine.ID, r.Machine.Token, e.Holder.Since.UnixNano()})
