@@ -194,27 +194,19 @@ func TestExposedLeavesRoom(t *testing.T) {
 	if err != nil || !st.Ports[0].Listening {
 		t.Fatalf("%+v, %v", st, err)
 	}
-	for i := range 4 {
-		conn := dialPort(t, 18083)
-		if i < 3 {
-			<-m.conns
-		} else if !isReset(conn) {
-			t.Error("the last place is taken")
+	for range 3 {
+		conn, err := net.Dial("tcp", netip.AddrPortFrom(target, 18083).String())
+		if err != nil {
+			t.Fatal(err)
 		}
+		defer conn.Close()
+		<-m.conns
+	}
+	if !resets(t, 18083) {
+		t.Error("the last place is taken")
 	}
 	m.through(t)
 	if s := status(t, gate(t, target, tcpHeader)); s != intercept.Away {
 		t.Errorf("one too many is %v", s)
 	}
-}
-
-func dialPort(t testing.TB, port uint16) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", netip.AddrPortFrom(target, port).String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
-	return conn
 }
