@@ -144,10 +144,9 @@ func (s *server) disconnect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	// One that undoes what a dead session left goes on: whoever asks for its end, a
+	// command whose session died perhaps, wants just that.
 	list := s.sup.whole(who, req.ID, req.Context)
-	if req.ID != "" { // one that undoes what a dead session left is ended by its name only
-		list = s.sup.selected(who, req.ID, req.Context)
-	}
 	forgotten := s.sup.forgetBoot(who, func(b bootRecord) bool {
 		for _, one := range list {
 			if one.account.UID == b.UID && (bootRecord{UID: b.UID, Options: one.options}).name() == b.name() {
@@ -167,11 +166,6 @@ func (s *server) disconnect(w http.ResponseWriter, r *http.Request) {
 	watch := s.sup.watch(func(e *api.Session) bool { return ours[e.ID] != nil })
 	defer s.sup.unwatch(watch)
 	for _, one := range list {
-		if one.revert { // the user gives up what it should have undone
-			if err := s.sup.kept.remove(one.kept()); err != nil {
-				one.log.Error("forgetting what was to be undone", "error", err)
-			}
-		}
 		one.end(&api.Error{Code: api.CodeCanceled, Message: "disconnected"})
 	}
 	finished := make(chan struct{})

@@ -89,12 +89,12 @@ func (v *supervisor) newSession(a account, req api.ConnectRequest, env []string,
 	used, own := make(map[int]bool), 0
 	for _, other := range v.sessions {
 		used[other.slot] = true
-		if other.account.UID == a.UID {
+		if other.account.UID == a.UID && !other.revert {
 			own++
 		}
 	}
 	// One user, or his script gone mad, leaves room for the others.
-	if most := (v.cfg.MaxSessions + 1) / 2; own >= most {
+	if most := (v.cfg.MaxSessions + 1) / 2; own >= most && !s.revert {
 		return nil, &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%d sessions of yours run on this machine, which is the most for one user", own), Hint: "culvert disconnect, or maxSessions in " + v.cfg.File}
 	}
 	for used[s.slot] {
