@@ -64,7 +64,10 @@ func (f *interceptFlags) run(ctx context.Context, a *app) error {
 	})
 	p.Close(err == nil)
 	if err != nil {
-		if made { // nothing else wants it
+		// Nothing else wants the session. One whose daemon went away ends by itself; to
+		// the next daemon this would be to give up what is to be undone.
+		var e *api.Error
+		if gone := errors.As(err, &e) && e.Code == api.CodeDaemon; made && !gone {
 			ctx, cancel := context.WithTimeout(context.Background(), undoWait)
 			defer cancel()
 			if e := client.Disconnect(ctx, api.DisconnectRequest{ID: s.ID}, nil); e != nil {
