@@ -1,6 +1,7 @@
 // Command demo shows culvert's main job on the test cluster: a laptop that
-// reaches the API server only joins the cluster, and what it then reaches. It
-// leaves everything running, to be explored by hand; `make demo-down` ends it.
+// reaches the API server only joins the cluster, what it then reaches, and a
+// Service that comes to it. It leaves everything running, to be explored by hand;
+// `make demo-down` ends it.
 package main
 
 import (
@@ -95,6 +96,9 @@ func up() error {
 			return fmt.Errorf("%s: %w", line, err)
 		}
 	}
+	if err := exchange(laptop); err != nil {
+		return fmt.Errorf("%w\nthe daemon's log: %s", err, m.DaemonLog())
+	}
 	rel, err := filepath.Rel(m.Repo, laptop)
 	if err != nil {
 		rel = laptop
@@ -104,10 +108,45 @@ func up() error {
   %[1]s culvert status -o wide   what is routed, and why
   %[1]s culvert ping svc/echo
   %[1]s kubectl get pods -o wide
+  %[1]s culvert exchange echo --expose 3000:80   # then start a program at port 3000
   %[1]s culvert disconnect
   bin/testcluster link --delay 40ms --loss 1%%   a worse cable; --reset mends it
   make demo-down                    ends everything
 `, rel)
+	return nil
+}
+
+// exchange shows the other way: what the cluster sends to a Service comes to a
+// program on the laptop, and goes to its pods again when that ends.
+func exchange(laptop string) error {
+	say("The other way: a Service's traffic comes to a program on the laptop, until that ends")
+	program := exec.Command(laptop, "testapp", "serve", "--name", "a-program-on-the-laptop", "--http", "127.0.0.1:3000")
+	if err := program.Start(); err != nil {
+		return err
+	}
+	end := func() {
+		_ = program.Process.Kill()
+		_ = program.Wait()
+	}
+	defer end()
+	if err := typed(laptop, "culvert exchange echo --expose 3000:80"); err != nil {
+		return fmt.Errorf("culvert exchange: %w", err)
+	}
+	time.Sleep(time.Second) // until every node knows
+	who := "curl -sS http://echo/who"
+	if err := typed(laptop, who+" | grep laptop          # whoever in the cluster asks for echo, gets this"); err != nil {
+		return fmt.Errorf("%s: the program on the laptop was not asked", who)
+	}
+	end()
+	for _, line := range []string{
+		who + " | grep -v laptop       # the program has ended: the Service's pods answer",
+		"culvert list",
+		"culvert leave echo",
+	} {
+		if err := typed(laptop, line); err != nil {
+			return fmt.Errorf("%s: %w", line, err)
+		}
+	}
 	return nil
 }
 

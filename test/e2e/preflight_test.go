@@ -212,9 +212,9 @@ spec: {selector: {app: cart}, sessionAffinity: ClientIP, ports: [{name: http, po
 `)
 		refused{args: exchangeOf("near"), code: 1, words: []string{"near", "Local", "--force"}}.check(t, alice)
 		refused{args: exchangeOf("near", "--force")}.check(t, alice)
-		served(t, "http", "near.shop:80", "alice")
-		// Clients that stay with a pod of its come here all the same, and back. Nodes learn
-		// of each change within a second or two when there are many.
+		// Nodes learn of each change within a second or two when there are many.
+		eventuallyServed(t, "near.shop:80", "alice", 3*time.Second)
+		// Clients that stay with a pod of its come here all the same, and back.
 		served(t, "http", "sticky.shop:80", "cart-*")
 		refused{args: exchangeOf("sticky"), words: []string{"affinity"}}.check(t, alice)
 		eventuallyServed(t, "sticky.shop:80", "alice", 3*time.Second)
