@@ -43,9 +43,17 @@ func (m *Machine) NewGuest(name string, number int) (*Guest, error) {
 	if err := os.WriteFile(filepath.Join(g.Dir, "resolv.conf"), nil, 0o644); err != nil {
 		return nil, err
 	}
+	// Not "ip netns add": the first one on a machine mounts /run/netns on itself, and
+	// what the cluster had there can then no longer be removed.
+	at := "/run/netns/" + g.name
+	if err := os.WriteFile(at, nil, 0o444); err != nil {
+		return nil, err
+	}
+	if out, err := exec.Command("unshare", "--net="+at, "true").CombinedOutput(); err != nil {
+		return nil, errors.Join(fmt.Errorf("making the network namespace %s: %w: %s", g.name, err, out), os.Remove(at))
+	}
 	wan, n := Lab()+"-wan", strconv.Itoa(number)
 	for _, args := range []string{
-		"netns add " + g.name,
 		"-n " + wan + " link add " + g.port + " type veth peer name eth0 netns " + g.name,
 		"-n " + wan + " link set " + g.port + " master home up",
 		"-n " + g.name + " link set lo up",
@@ -59,7 +67,7 @@ func (m *Machine) NewGuest(name string, number int) (*Guest, error) {
 			return nil, errors.Join(fmt.Errorf("ip %s: %w: %s", args, err, out), g.Close())
 		}
 	}
-	g.init = exec.Command("nsenter", "--net=/run/netns/"+g.name, "unshare", "--mount", "/bin/sh", "-c", guestSetup, "sh", g.Dir)
+	g.init = exec.Command("nsenter", "--net="+at, "unshare", "--mount", "/bin/sh", "-c", guestSetup, "sh", g.Dir)
 	_, err := g.init.StdinPipe()
 	if err != nil {
 		return nil, errors.Join(err, g.Close())
