@@ -199,16 +199,15 @@ spec:
 // clients are the pods that tests call the shop from, one on each node.
 var clients = []string{"node1", "node2"}
 
-var openOnce sync.Once
-
-// openShop makes the shop and its clients, once for all tests. The cluster's end
+// openShop makes the shop and its clients where a cluster has none: once for all
+// tests, and once more when one had to start the cluster anew. The cluster's end
 // takes them away. What is in it when a test begins has to be in it afterwards.
 func openShop(t *testing.T) {
 	t.Helper()
-	openOnce.Do(func() {
+	if r := lab.Kubectl("", nil, "-n", "clients", "get", "pods", clients[0], clients[1]); r.Code != 0 {
 		ownerApplies(t, shopManifest)
 		ownerApplies(t, clientsManifest)
-	})
+	}
 	// Again each time: a test before may have taken pods away.
 	kubectl(t, "-n", "shop", "rollout", "status", "deployment/cart", "--timeout=60s")
 	kubectl(t, "-n", "shop", "rollout", "status", "statefulset/stock", "--timeout=60s")
