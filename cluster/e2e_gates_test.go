@@ -208,12 +208,12 @@ func TestPoliciesOnServer(t *testing.T) {
 	}
 }
 
-// With an image that has gates, which CULVERT_E2E_AGENT_IMAGE names and the nodes
+// With an image that has gates, which CULVERT_E2E_IMAGE names and the nodes
 // hold: they become ready, are told what to do, and those that come later, too.
 func TestGatesAreToldOnServer(t *testing.T) {
-	image := os.Getenv("CULVERT_E2E_AGENT_IMAGE")
+	image := os.Getenv("CULVERT_E2E_IMAGE")
 	if image == "" {
-		t.Fatal("CULVERT_E2E_AGENT_IMAGE is not set")
+		t.Fatal("CULVERT_E2E_IMAGE is not set")
 	}
 	ns := gatesNamespace()
 	admin, c := as(t, "admin", ns), as(t, "developer", ns)
