@@ -229,7 +229,7 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 		if i.Mode == api.ModeScale {
 			fmt.Fprintln(a.out, "New and open connections come here; without this machine nobody serves them.")
 		} else {
-			fmt.Fprintln(a.out, "New connections come here; open ones stay where they are until they close. Without this machine its own pods serve them.")
+			fmt.Fprintln(a.out, "New connections come here once each node knows, within a second or so; open ones stay where they are until they close.\nWithout this machine its own pods serve them.")
 		}
 	}
 	for _, p := range i.Ports {

@@ -150,7 +150,7 @@ func (w *walker) step(t *testing.T, step string) {
 	lap()
 	for _, one := range w.all() {
 		if pid := one.pid(); pid != 0 {
-			t.Errorf("a session of %s is left, pid %d", one.service, pid)
+			t.Errorf("a session of %s is left, pid %d: %v\n%s", one.service, pid, one.Culvert(one.user, "status", "-o", "json"), one.Tail(20))
 		}
 	}
 	w.ownerChanges(t)

@@ -31,6 +31,7 @@ func TestStartAndStopUnderLoad(t *testing.T) {
 			begun := time.Now()
 			alice.intercept(t, "exchange", "cart", "--expose", "8080:80")
 			started := time.Now()
+			eventuallyServed(t, cartPort(t, 80), "alice", 2*time.Second) // nodes may take a second
 			// What was open before never comes to the machine; this does, and is
 			// drained at the end.
 			through := []*loading{

@@ -75,8 +75,8 @@ spec: {selector: {app: tomcat}, ports: [{port: 8080, targetPort: 8080}]}
 	local.serve(t, "0.0.0.0")
 	// 2 exchange
 	culvert(t, "exchange", "tomcat", "--expose", "8080")
+	eventuallyServed(t, "tomcat.demo:8080", "alice", 3*time.Second)
 	curl(t, "http://tomcat:8080", "alice")
-	served(t, "http", "tomcat.demo:8080", "alice")
 	curl(t, "http://"+pod+":8080", "demo-v1")
 	culvert(t, "leave", "tomcat")
 	curl(t, "http://tomcat:8080", "demo-v1")
