@@ -149,8 +149,9 @@ func (w *walker) step(t *testing.T, step string) {
 	sameLines(t, w.before, 30*time.Second, func() []string { return w.list(t) })
 	lap()
 	for _, one := range w.all() {
-		if pid := one.pid(); pid != 0 {
-			t.Errorf("a session of %s is left, pid %d: %v\n%s", one.service, pid, one.Culvert(one.user, "status", "-o", "json"), one.Tail(20))
+		// A process outlives the last of its objects a little.
+		if err := insideOf(5*time.Second, one.nobodyHere); err != nil {
+			t.Errorf("%v\n%s", err, one.Tail(20))
 		}
 	}
 	w.ownerChanges(t)
@@ -294,6 +295,14 @@ func (o *walk) restartedOnce() error {
 		err = fmt.Errorf("want one session of %s that was restarted once: %+v", o.service, all)
 	}
 	return err
+}
+
+// nobodyHere: the daemon has no session.
+func (o *walk) nobodyHere() error {
+	if r := o.Culvert(o.user, "status", "-o", "json"); o.pid() != 0 {
+		return fmt.Errorf("a session of %s is left: %v", o.service, r)
+	}
+	return nil
 }
 
 // nothingHere: the session has no intercepts.
