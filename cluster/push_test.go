@@ -27,6 +27,7 @@ type fakeGate struct {
 	failed  []string
 	reached []intercept.Reached
 	puts    int
+	mute    bool            // says nothing of itself
 	block   <-chan struct{} // nil: answers at once
 }
 
@@ -50,6 +51,10 @@ func (g *fakeGate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		fallthrough
 	case "GET /v1/state":
+		if g.mute && r.Method == http.MethodGet {
+			http.Error(w, "no", http.StatusInternalServerError)
+			return
+		}
 		answer = intercept.GateStatus{Generation: g.state.Generation, Failed: g.failed}
 	case "POST /v1/reach":
 		var req intercept.ReachRequest

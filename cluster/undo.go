@@ -212,15 +212,17 @@ func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) 
 	}
 	push, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	if err := c.Push(push, u.Namespace, gate, state); err != nil {
-		return err
+	// A gate that cannot be told or asked is no reason to take the origin away from
+	// under connections that nodes still send to the gates.
+	unheard := c.Push(push, u.Namespace, gate, state)
+	if unheard == nil {
+		u.Say("open connections are asked to end")
 	}
-	u.Say("open connections are asked to end")
 	for {
 		open := 0
 		statuses, err := c.GateStatuses(ctx, u.Namespace, gate)
 		if err != nil && ctx.Err() == nil {
-			return err
+			unheard = err
 		}
 		for _, s := range statuses {
 			for _, r := range s.Routes {
@@ -231,7 +233,7 @@ func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) 
 		}
 		passed := time.Since(begun)
 		if passed >= linger && (open == 0 || passed >= u.Drain) {
-			return nil
+			return unheard
 		}
 		select {
 		case <-time.After(min(drainPoll, max(linger-passed, 50*time.Millisecond))):

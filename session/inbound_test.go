@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -66,11 +67,20 @@ func arrive(t testing.TB, in *inbound, h intercept.Header) (*net.TCPConn, interc
 	return c, s
 }
 
+// unlessWithout6 fails, or skips a test of IPv6 on a machine that has none.
+func unlessWithout6(t testing.TB, addr string, err error) {
+	t.Helper()
+	if strings.HasPrefix(addr, "[") && (errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)) {
+		t.Skip(err)
+	}
+	t.Fatal(err)
+}
+
 func program(t testing.TB, addr string, handle func(*net.TCPConn)) uint16 {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		t.Skip(err) // no IPv6
+		unlessWithout6(t, addr, err)
 	}
 	t.Cleanup(func() { l.Close() })
 	go func() {
@@ -340,7 +350,7 @@ func udpProgram(t *testing.T, addr string) (*net.UDPConn, uint16) {
 	t.Helper()
 	c, err := net.ListenPacket("udp", addr)
 	if err != nil {
-		t.Skip(err)
+		unlessWithout6(t, addr, err)
 	}
 	t.Cleanup(func() { c.Close() })
 	go func() {
