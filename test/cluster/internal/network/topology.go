@@ -162,7 +162,8 @@ func DetachCluster(s *plan.Site, c *plan.Cluster) error {
 		if err != nil {
 			continue
 		}
-		if err := wan.LinkDel(l); err != nil {
+		// The kernel may still be taking it away, with the namespace of its other end.
+		if err := wan.LinkDel(l); err != nil && !isMissing(err) {
 			return fmt.Errorf("remove %s from wan: %w", name, err)
 		}
 	}
