@@ -65,18 +65,30 @@ func (a *app) disconnect(ctx context.Context, name string) error {
 		}
 		return nil
 	}
+	var trouble []error
 	for _, s := range chosen {
 		show, end := a.watcher()
 		err := client.Disconnect(ctx, api.DisconnectRequest{ID: s.ID}, show)
+		var e *api.Error
+		if errors.As(err, &e) && e.Code == api.CodeNotFound {
+			err = nil // it has ended by itself meanwhile, as one does that only undoes
+		}
 		end(err == nil)
-		if err != nil {
-			return fmt.Errorf("disconnecting %s: %w", s.Context, err)
+		if err != nil { // the others end all the same
+			trouble = append(trouble, fmt.Errorf("disconnecting %s: %w", s.Context, err))
+			if ctx.Err() != nil {
+				break
+			}
+			continue
 		}
 		if !a.json() {
 			fmt.Fprintf(a.out, "Disconnected from %s.\n", s.Context)
 		}
 	}
-	return nil
+	if len(trouble) == 1 {
+		return trouble[0]
+	}
+	return errors.Join(trouble...)
 }
 
 // forget asks the daemon to forget a session that is at rest now but would come

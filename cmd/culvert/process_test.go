@@ -157,6 +157,7 @@ type fakeDaemon struct {
 	cancelled   bool       // a connect's client went away
 	replies     []api.PingReply
 	facts       api.Facts
+	ended       string // the session of this ID ends just before its disconnect
 }
 
 func newFakeDaemon(t *testing.T, path string) *fakeDaemon {
@@ -195,7 +196,7 @@ func newFakeDaemon(t *testing.T, path string) *fakeDaemon {
 		defer d.mu.Unlock()
 		d.disconnects = append(d.disconnects, req)
 		for i, s := range d.sessions {
-			if req.ID == s.ID {
+			if req.ID == s.ID && req.ID != d.ended {
 				s.State, s.Step = api.Disconnecting, "removing the agent"
 				answer(w, api.Line{Event: &api.Event{Session: s}})
 				d.sessions = append(d.sessions[:i], d.sessions[i+1:]...)
@@ -487,6 +488,15 @@ func TestOtherCommands(t *testing.T) {
 		t.Errorf("sessions left: %+v", m.daemon.sessions)
 	}
 	run("__complete", "disconnect", "").expect(t, 0, "staging")
+
+	// One that ends by itself meanwhile (a session that undoes what a dead one left)
+	// does not keep the others.
+	m.daemon.sessions, m.daemon.ended = []api.Session{other, s}, other.ID
+	run("disconnect").expect(t, 0, "Disconnected from staging.")
+	if len(m.daemon.sessions) != 1 || m.daemon.sessions[0].ID != other.ID {
+		t.Errorf("sessions left: %+v", m.daemon.sessions)
+	}
+	m.daemon.sessions, m.daemon.ended = []api.Session{s}, ""
 	config := m.kubeconfig(t, "http://127.0.0.1:1", token, "staging", "other")
 	run("__complete", "--kubeconfig", config, "connect", "--context", "").expect(t, 0, "other\nstaging\n")
 
