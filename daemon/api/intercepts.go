@@ -12,18 +12,24 @@ type InterceptRequest struct {
 	ID      string `json:"id,omitempty"`
 	Context string `json:"context,omitempty"`
 
-	Kind      string   `json:"kind"`                // KindExchange, KindPreview or KindExpose
+	Kind      string   `json:"kind"`                // KindExchange, KindMesh, KindPreview or KindExpose
 	Target    string   `json:"target,omitempty"`    // as typed: SVC, service/x, deployment/x, ...; not of KindExpose
 	Namespace string   `json:"namespace,omitempty"` // empty: the session's
 	Expose    []string `json:"expose,omitempty"`    // as typed: LOCAL[:REMOTE][/PROTOCOL]
-	Mode      string   `json:"mode,omitempty"`      // of exchange: ModeSelector (default) or ModeScale
+	Mode      string   `json:"mode,omitempty"`      // of exchange: ModeSelector (default) or ModeScale; of mesh: ModeAuto (default), ModeRouter, ...
 
-	OnLocalRefused string        `json:"onLocalRefused,omitempty"` // origin (default) or refuse
-	OnConflict     string        `json:"onConflict,omitempty"`     // reapply (default) or leave
-	ProxyProtocol  bool          `json:"proxyProtocol,omitempty"`  // version 2, before each connection's first byte
-	Force          bool          `json:"force,omitempty"`
-	Wait           time.Duration `json:"wait,omitempty"`  // for another's intercept of the Service to end; 0: do not
-	Drain          time.Duration `json:"drain,omitempty"` // at the end, for open connections; 0: 30 s
+	OnLocalRefused string `json:"onLocalRefused,omitempty"` // origin (default) or refuse
+	OnConflict     string `json:"onConflict,omitempty"`     // reapply (default) or leave
+	// Of mesh. Match are conditions as typed (intercept.ParseCondition), all of which
+	// a request must fulfil to come here, never empty.
+	Match        []string `json:"match,omitempty"`
+	OnGone       string   `json:"onGone,omitempty"`       // OnGoneOrigin (default) or OnGoneFail
+	TagResponses bool     `json:"tagResponses,omitempty"` // answers say who served them
+
+	ProxyProtocol bool          `json:"proxyProtocol,omitempty"` // version 2, before each connection's first byte
+	Force         bool          `json:"force,omitempty"`
+	Wait          time.Duration `json:"wait,omitempty"`  // for another's intercept of the Service to end; 0: do not
+	Drain         time.Duration `json:"drain,omitempty"` // at the end, for open connections; 0: 30 s
 
 	External     bool   `json:"external,omitempty"`     // preview: type LoadBalancer, or with Host an Ingress
 	Host         string `json:"host,omitempty"`         // preview: of the Ingress
@@ -36,8 +42,16 @@ const (
 	KindPreview  = "preview"
 	KindExpose   = "expose"
 
+	KindMesh = "mesh"
+
 	ModeSelector = "selector"
 	ModeScale    = "scale"
+
+	ModeAuto    = "auto"
+	ModeRouter  = "router"
+	ModeIstio   = "istio"
+	ModeGateway = "gateway"
+	ModeManual  = "manual"
 )
 
 // What InterceptRequest.OnLocalRefused and OnConflict may be.
@@ -46,6 +60,8 @@ const (
 	OnRefusedRefuse  = "refuse"
 	OnConflictReplay = "reapply"
 	OnConflictLeave  = "leave"
+	OnGoneOrigin     = "origin"
+	OnGoneFail       = "fail"
 )
 
 // Intercept is cluster traffic that comes to this machine.
@@ -63,7 +79,9 @@ type Intercept struct {
 	// Addresses lead to it: of expose the pod's, of preview --external those that
 	// the cluster gave.
 	Addresses []string `json:"addresses,omitempty"`
-	Notes     []string `json:"notes,omitempty"`
+	// Match are the conditions of the requests that come, of mesh only.
+	Match []string `json:"match,omitempty"`
+	Notes []string `json:"notes,omitempty"`
 }
 
 // States of an intercept.

@@ -1,6 +1,9 @@
 package intercept
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // State is all that the gates of a namespace know. It is kept in a ConfigMap,
 // which they mount; whoever changes it also pushes it to those that run. A State
@@ -15,6 +18,7 @@ const (
 	Exchange = "exchange" // a Service's traffic comes to the machine, and fails open to its origin
 	Preview  = "preview"  // a new Service, without origin
 	Scale    = "scale"    // the pods of a workload are replaced; no origin
+	Mesh     = "mesh"     // requests that match a member's conditions come to its machine, all others go to the origin
 )
 
 // Entry is one intercept.
@@ -26,6 +30,10 @@ type Entry struct {
 	Gate   string  `json:"gate"`
 	Holder Holder  `json:"holder"`
 	Routes []Route `json:"routes"`
+	// Members are the developers of a Mesh, in the order in which they came; Holder
+	// is then nobody's session but the id of the mesh itself, made anew whenever a
+	// first one comes. A Mesh without members is about to end.
+	Members []Member `json:"members,omitempty"`
 	// Replicas are those that a replaced workload had.
 	Replicas int32 `json:"replicas,omitempty"`
 	// Draining: new connections go to the origin, open ones are asked to end.
@@ -62,7 +70,44 @@ type Route struct {
 	Backends []string `json:"backends,omitempty"`
 	// Machine is where the port is exposed to; nil: the origin serves it.
 	Machine *Machine `json:"machine,omitempty"`
+	// HTTP is how a Mesh finds requests on the port: see HTTPSniff. UDP has none.
+	HTTP string `json:"http,omitempty"`
 }
+
+// What Route.HTTP may be.
+const (
+	HTTPNever = ""      // bytes pass as they are, to the origin
+	HTTPSniff = "sniff" // the first bytes tell; a server that speaks first speaks no HTTP
+	HTTPKnown = "http"  // appProtocol or the port's name say HTTP/1.1, HTTP/2 or gRPC
+)
+
+// Member is one developer of a Mesh.
+type Member struct {
+	Holder Holder `json:"holder"`
+	// Match are the conditions of the requests that are his: all of them must hold.
+	Match []Condition `json:"match"`
+	// OnGone says what becomes of them while his machine does not answer.
+	OnGone string `json:"onGone,omitempty"`
+	// TagResponses: answers of his machine say so, see ServedByHeader.
+	TagResponses bool         `json:"tagResponses,omitempty"`
+	Ports        []MemberPort `json:"ports"`
+}
+
+// MemberPort is a port of the Service, TCP, and where a member's requests to it go.
+type MemberPort struct {
+	Port    int32   `json:"port"` // of the Service
+	Machine Machine `json:"machine"`
+}
+
+// What Member.OnGone may be.
+const (
+	GoneToOrigin = "origin" // the default
+	GoneFails    = "fail"   // 503
+)
+
+// ServedByHeader is on responses of a machine whose Member has TagResponses: the
+// member's user.
+const ServedByHeader = "X-Culvert-Served-By"
 
 // What Machine.OnRefused may be.
 const (
@@ -85,6 +130,7 @@ type Machine struct {
 //	PUT  /v1/state   State                 -> GateStatus: after it, what it listens at
 //	GET  /v1/state                         -> GateStatus
 //	POST /v1/reach   ReachRequest          -> []Reached: dials origins, sends nothing
+//	GET  /v1/requests?key=KEY&after=SEQ    -> []Request: of a Mesh, the newest last; see Request
 const GatePort = 7541
 
 // GateStatus is how a gate is. JSON of the control API.
@@ -106,6 +152,45 @@ type RouteStatus struct {
 	TotalToMachine int64 `json:"totalToMachine"`
 	TotalToOrigin  int64 `json:"totalToOrigin"`
 	Refused        int64 `json:"refused"` // neither served them
+	// Of a Mesh: requests that went to the origin, and each member that exposes the
+	// port. Connections of clients are then counted as ones to the origin.
+	RequestsToOrigin int64          `json:"requestsToOrigin,omitempty"`
+	Members          []MemberStatus `json:"members,omitempty"`
+}
+
+// MemberStatus is what became of one Member's requests at one Route.
+type MemberStatus struct {
+	Session  string `json:"session"`
+	Machine  string `json:"machine,omitempty"` // a Status in words
+	Open     int    `json:"open"`              // requests, and upgraded connections, that are under way
+	Requests int64  `json:"requests"`          // that his machine answered, or is answering
+	// ToOrigin are requests that match and went to the origin, since the machine did
+	// not answer; Failed those that got an error for the same reason.
+	ToOrigin int64 `json:"toOrigin"`
+	Failed   int64 `json:"failed"`
+}
+
+// Request is one line of a Mesh's access log. A gate keeps the last few hundred
+// requests that matched a member; those of the origin only while somebody has asked
+// for the log within the last minute. Nothing of it is stored.
+type Request struct {
+	Seq      int64          `json:"seq"` // grows by gate
+	Time     time.Time      `json:"time"`
+	Port     int32          `json:"port"` // of the Service
+	Client   netip.AddrPort `json:"client"`
+	Method   string         `json:"method"`
+	Path     string         `json:"path"`             // cut to 256 bytes
+	Protocol string         `json:"protocol"`         // HTTP/1.1 or HTTP/2
+	Status   int            `json:"status,omitempty"` // 0: there was no response
+	// Duration is until the end of the response, in nanoseconds; of an upgrade until
+	// the 101.
+	Duration time.Duration `json:"duration"`
+	// Session is the Member whose it was, empty for none, and Origin tells that the
+	// origin served it all the same.
+	Session string `json:"session,omitempty"`
+	User    string `json:"user,omitempty"`
+	Origin  bool   `json:"origin"`
+	Error   string `json:"error,omitempty"`
 }
 
 // ReachRequest asks a gate to dial the origins of an Entry.
