@@ -49,7 +49,7 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 		r.Service, r.User, r.Session, r.Found = s.Name, s.User, s.Session, s.Kind != ""
 		if s.Alive && !spec.Force {
 			return r, &api.Error{Code: api.CodeExists,
-				Message: fmt.Sprintf("%s in namespace %q is intercepted by %s, whose session is alive", s.Name, spec.Namespace, firstOf(s.User, s.Session)),
+				Message: fmt.Sprintf("%s in namespace %q is intercepted by %s, whose session is alive", s.Name, spec.Namespace, s.owners()),
 				Hint:    "ask for `culvert leave " + s.Name + "` there, or take it with --force"}
 		}
 	}
@@ -59,6 +59,20 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 	}
 	// Also when nothing seems to be there: what is left of a half undone one goes.
 	return r, c.Undo(ctx, UndoSpec{Namespace: spec.Namespace, Key: key, Drain: spec.Drain, Say: spec.Say})
+}
+
+// owners are whose an intercept is, for people: of a mesh those who are alive.
+func (s ServiceState) owners() string {
+	var who []string
+	for _, m := range s.Members {
+		if m.Alive {
+			who = append(who, firstOf(m.User, m.Session))
+		}
+	}
+	if len(who) == 0 {
+		return firstOf(s.User, s.Session)
+	}
+	return list(who)
 }
 
 // recoverKey is the key in the gates' state of what a person typed.

@@ -30,6 +30,9 @@ func (c *Cluster) planExchangeHead(ctx context.Context, i *Intercept) error {
 		if r.Session == i.spec.Holder.Session {
 			return &api.Error{Code: api.CodeExists, Message: "you intercept Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
 		}
+		if r.Kind == intercept.Mesh {
+			return c.meshed(ctx, plan)
+		}
 		return heldBy(plan.Namespace, plan.Name, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
 	}
 	i.spec.Namespace, i.Key, i.Notes = plan.Namespace, plan.Name, plan.Notes
@@ -107,22 +110,25 @@ func (h *exchangeHead) led(ctx context.Context, i *Intercept) (bool, error) {
 		return false, translate("looking at Service "+i.Key, err)
 	}
 	r, err := RecordOf(service)
-	return r != nil && r.Session == i.spec.Holder.Session && r.Phase == PhaseActive, err
+	return r != nil && r.Session == i.owner().Session && r.Phase == PhaseActive, err
 }
 
 // policySpec is what all kinds have in common.
 func (i *Intercept) policySpec(routes []intercept.Route) PolicySpec {
-	spec := PolicySpec{Service: i.Key, Session: i.spec.Holder.Session, Gate: i.Gate, AgentNamespace: i.spec.Agent.Namespace,
+	spec := PolicySpec{Service: i.Key, Session: i.owner().Session, Gate: i.Gate, AgentNamespace: i.spec.Agent.Namespace,
 		AgentLabels: map[string]string{LabelName: agentApp, LabelManagedBy: "culvert", LabelSession: i.spec.Holder.Session}}
 	for _, r := range routes {
 		spec.Ports = append(spec.Ports, PolicyPort{Protocol: protocolNamed(r.Protocol), Gate: r.Listen})
+	}
+	if i.spec.Kind == intercept.Mesh {
+		spec.Member = i.spec.Holder.Session
 	}
 	return spec
 }
 
 // record is what undo will need; Switch adds what the Service is now.
 func (i *Intercept) record() Record {
-	h := i.spec.Holder
+	h := i.owner()
 	return Record{Session: h.Session, User: h.User, Origin: h.Origin, Since: h.Since, Kind: i.spec.Kind, Gate: i.Gate}
 }
 

@@ -20,7 +20,7 @@ import (
 
 // InterceptSpec says which traffic shall come to a session's machine.
 type InterceptSpec struct {
-	Kind      string // intercept.Exchange, Preview or Scale
+	Kind      string // intercept.Exchange, Mesh, Preview or Scale
 	Namespace string // empty: the cluster's
 	Target    string // as typed
 	Expose    []Expose
@@ -29,6 +29,11 @@ type InterceptSpec struct {
 	Agent     *Agent           // the session's
 	Gates     AgentSpec        // image, pull secrets and so on are the gates' too
 	OnRefused string           // intercept.RefusedToOrigin or RefusedToClient
+
+	// Of a mesh: see intercept.Member.
+	Match        []intercept.Condition
+	OnGone       string
+	TagResponses bool
 
 	// Of a preview: how it is seen outside of the cluster.
 	External     bool
@@ -48,6 +53,8 @@ type Intercept struct {
 	Gate      string // the Deployment that serves it
 	Notes     []string
 
+	mesh     intercept.Holder     // of a mesh: what it shares with others is the mesh's
+	joined   bool                 // others were in the mesh before
 	undone   bool                 // Start failed and left nothing
 	backends map[PortKey][]string // pods that served when it started
 
@@ -121,6 +128,8 @@ func (c *Cluster) PlanIntercept(ctx context.Context, spec InterceptSpec) (*Inter
 		err = c.planPreviewHead(ctx, i)
 	case intercept.Scale:
 		err = c.planScaleHead(ctx, i)
+	case intercept.Mesh:
+		err = c.planMesh(ctx, i)
 	default:
 		err = fmt.Errorf("%q is no kind of intercept", spec.Kind)
 	}
@@ -204,15 +213,15 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	// The entry is the lock: of two who want the same Service at once, one finds
 	// the other's.
 	reached(StepEntry)
-	if _, err := c.ChangeGateState(ctx, ns, i.enter); err != nil {
+	if err := i.lock(ctx, progress); err != nil {
 		return err
 	}
 	reached(StepOrigin)
-	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	origins, err := i.head.origin(ctx, i.owner().Session)
 	if err != nil {
 		return err
 	}
-	if origins != nil {
+	if origins != nil && !i.joined {
 		if i.backends, err = c.readyBackends(ctx, ns, i.head.service()); err != nil {
 			return err
 		}
@@ -244,7 +253,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		return err
 	}
 	reached(StepReach)
-	if origins != nil {
+	if origins != nil && !i.joined {
 		if err := i.reach(ctx); err != nil {
 			return err
 		}
@@ -257,10 +266,36 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	if state, err = c.GateState(ctx, ns); err != nil {
 		return err
 	}
-	if e, ok := state.Entries[i.Key]; !ok || e.Draining || e.Holder.Session != i.spec.Holder.Session {
+	if e, ok := state.Entries[i.Key]; !ok || e.Draining || !i.owns(e) {
 		return i.endedMeanwhile()
 	}
 	return nil
+}
+
+// lock adds the entry.
+func (i *Intercept) lock(ctx context.Context, progress func(string)) error {
+	if i.spec.Kind == intercept.Mesh {
+		return i.joinMesh(ctx, progress)
+	}
+	_, err := i.c.ChangeGateState(ctx, i.spec.Namespace, i.enter)
+	return err
+}
+
+// owner is whose everything is that the intercept has in the cluster: the session's,
+// or the mesh's that it shares.
+func (i *Intercept) owner() intercept.Holder {
+	if i.spec.Kind == intercept.Mesh {
+		return i.mesh
+	}
+	return i.spec.Holder
+}
+
+// owns tells whether e is this intercept's entry.
+func (i *Intercept) owns(e intercept.Entry) bool {
+	if i.spec.Kind == intercept.Mesh {
+		return e.Holder.Session == i.mesh.Session && memberOf(e, i.spec.Holder.Session) >= 0
+	}
+	return e.Holder.Session == i.spec.Holder.Session
 }
 
 func (i *Intercept) endedMeanwhile() error {
@@ -271,7 +306,10 @@ func (i *Intercept) endedMeanwhile() error {
 // keep theirs at the gates: connections may be open there.
 func (i *Intercept) enter(s *intercept.State) error {
 	before, ok := s.Entries[i.Key]
-	if ok && before.Holder.Session != i.spec.Holder.Session {
+	if ok && before.Holder.Session != i.owner().Session {
+		if before.Kind == intercept.Mesh {
+			return meshedBy(i.spec.Namespace, i.Service(), before)
+		}
 		return heldBy(i.spec.Namespace, i.Service(), i.Key, before.Holder)
 	}
 	if before.Draining {
@@ -290,12 +328,19 @@ func (i *Intercept) enter(s *intercept.State) error {
 		}
 	}
 	serves := map[PortKey]bool{} // at gates of its own two ports of a Service may be one
-	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.spec.Holder, Replicas: before.Replicas}
+	e := intercept.Entry{Kind: i.spec.Kind, Service: i.head.service(), Gate: i.Gate, Holder: i.owner(), Replicas: before.Replicas}
+	var member *intercept.Member
+	if i.spec.Kind == intercept.Mesh {
+		member = i.member(&e, before)
+	}
 	if h, ok := i.head.(*scaleHead); ok && h.plan.UID != "" {
 		e.Replicas = h.plan.Replicas
 	}
 	for k, p := range ports {
 		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number), Backends: had[p.Key()].Backends}
+		if member != nil { // others' requests are served meanwhile
+			r.Origin, r.HTTP = had[p.Key()].Origin, httpOf(p)
+		}
 		switch {
 		case own:
 		case had[p.Key()].Listen != 0:
@@ -304,7 +349,12 @@ func (i *Intercept) enter(s *intercept.State) error {
 			r.Listen = free[k]
 		}
 		if p.Local != 0 {
-			r.Machine = &intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, int(p.Port), string(p.Protocol)), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
+			m := intercept.Machine{Agents: agentAddrs(i.spec.Agent), ID: PortID(i.ID, int(p.Port), string(p.Protocol)), Token: i.Token, OnRefused: i.spec.OnRefused, Local: p.Local}
+			if member != nil {
+				member.Ports = append(member.Ports, intercept.MemberPort{Port: p.Port, Machine: m})
+			} else {
+				r.Machine = &m
+			}
 		}
 		if at := (PortKey{Port: int32(r.Listen), Protocol: p.Protocol}); !serves[at] {
 			serves[at] = true
@@ -336,12 +386,18 @@ func (i *Intercept) SetAgent(ctx context.Context, agent *Agent) error {
 	want := agentAddrs(agent)
 	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
 		e, ok := s.Entries[i.Key]
-		if !ok || e.Holder.Session != i.spec.Holder.Session {
+		if !ok || !i.owns(e) {
 			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 		}
 		for k := range e.Routes {
 			if e.Routes[k].Machine != nil {
 				e.Routes[k].Machine.Agents = want
+			}
+		}
+		if i.spec.Kind == intercept.Mesh {
+			m := &e.Members[memberOf(e, i.spec.Holder.Session)]
+			for k := range m.Ports {
+				m.Ports[k].Machine.Agents = want
 			}
 		}
 		s.Entries[i.Key] = e
@@ -423,7 +479,15 @@ func (c *Cluster) readyBackends(ctx context.Context, namespace, service string) 
 	if err != nil {
 		return nil, translate(what, err)
 	}
+	// Of two who mesh it at once one may have led it to the gates meanwhile: their pods
+	// are not the origin's.
+	if live, err = c.client.Services(namespace).Get(ctx, service, metav1.GetOptions{}); err != nil {
+		return nil, translate(what, err)
+	}
 	found := map[PortKey][]string{}
+	if live.Spec.Selector[LabelGate] != "" {
+		return found, nil
+	}
 	for _, s := range slices.Items {
 		for _, p := range s.Ports {
 			if p.Port == nil || p.Protocol == nil || p.Name == nil {

@@ -28,7 +28,7 @@ func interceptChecks(namespace string, kinds ...string) (all []Check) {
 	add(true, "", "pods", "portforward", "to tell the gates where to lead traffic", "create")
 	for _, kind := range kinds {
 		switch kind {
-		case intercept.Exchange:
+		case intercept.Exchange, intercept.Mesh:
 			need("", "services", "the intercepted Service, and the one that leads to its origin", "get", "patch", "create", "delete", "watch")
 			need("discovery.k8s.io", "endpointslices", "to see which pods serve the Service now", "list")
 		case intercept.Preview:

@@ -35,13 +35,16 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		return nil, err
 	}
 	e, ok := state.Entries[r.Key]
-	if !ok || e.Holder.Session != r.Holder.Session {
+	i := &Intercept{c: c, spec: r.InterceptSpec, ID: r.ID, Token: r.Token, Key: r.Key, Gate: e.Gate, mesh: e.Holder, joined: true}
+	if !ok || !i.owns(e) {
 		return nil, &Lost{Why: "somebody ended it (`culvert recover` or `clean`) while this machine was away"}
 	}
-	i := &Intercept{c: c, spec: r.InterceptSpec, ID: r.ID, Token: r.Token, Key: r.Key, Gate: e.Gate}
 	i.spec.Namespace, i.spec.Holder = r.Namespace, e.Holder
+	if e.Kind == intercept.Mesh {
+		i.spec.Holder = e.Members[memberOf(e, r.Holder.Session)].Holder
+	}
 	switch e.Kind {
-	case intercept.Exchange:
+	case intercept.Exchange, intercept.Mesh:
 		service, err := c.client.Services(r.Namespace).Get(ctx, r.Key, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return nil, &Lost{Why: "the Service was deleted"}
@@ -53,8 +56,8 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		if err != nil {
 			return nil, err
 		}
-		if record == nil || record.Session != r.Holder.Session {
-			return nil, &Lost{Why: "the Service is not exchanged by this session any more"}
+		if record == nil || record.Session != i.owner().Session {
+			return nil, &Lost{Why: "the Service is not intercepted by this session any more"}
 		}
 		plan, err := c.plan(ctx, service, nil, r.Expose, r.Force)
 		if err != nil {
@@ -150,8 +153,8 @@ func (i *Intercept) look(ctx context.Context, note func(string)) error {
 			continue // the API server is away, or somebody spoilt the state: it is looked again
 		}
 		e, ok := state.Entries[i.Key]
-		if ok && e.Holder.Session != i.spec.Holder.Session {
-			return &Lost{Why: "another session has it now"}
+		if ok && !i.owns(e) {
+			return i.lostTo(e)
 		}
 		switch led, err := i.head.led(ctx, i); {
 		case err != nil:
@@ -208,13 +211,13 @@ func (i *Intercept) remake(ctx context.Context, again bool) error {
 	case !led:
 		return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 	}
-	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	origins, err := i.head.origin(ctx, i.owner().Session)
 	if err != nil {
 		return err
 	}
 	state, err := i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
-		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.spec.Holder.Session {
-			return &Lost{Why: "another session has it now"}
+		if e, ok := s.Entries[i.Key]; ok && e.Holder.Session != i.owner().Session {
+			return i.lostTo(e)
 		}
 		if e, ok := s.Entries[i.Key]; ok && again {
 			e.Draining, e.Over = false, false
@@ -251,7 +254,7 @@ func (h *exchangeHead) watch(ctx context.Context, i *Intercept, onConflict strin
 			return err
 		}
 		if held == nil {
-			held = &Record{Session: i.spec.Holder.Session} // replaced as a whole: WatchService sees what it is now
+			held = &Record{Session: i.owner().Session} // replaced as a whole: WatchService sees what it is now
 		}
 		var change *ServiceChange
 		following, cancel := context.WithCancel(ctx)
@@ -289,12 +292,23 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 		if err != nil {
 			return err
 		}
-		if e, ok := state.Entries[i.Key]; !ok || e.Draining || e.Holder.Session != i.spec.Holder.Session {
+		if e, ok := state.Entries[i.Key]; !ok || e.Draining || !i.owns(e) {
 			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 		}
 	}
 	if onConflict == api.OnConflictLeave {
 		return &Lost{Why: fmt.Sprintf("%s changed the Service, and theirs stays (--on-conflict leave)", who)}
+	}
+	if i.spec.Kind == intercept.Mesh {
+		// Every member has seen it, and one is enough.
+		service, put, err := h.awaitAnother(ctx, i)
+		if err != nil || put {
+			return err
+		}
+		ch.Service = service
+		if h.plan.Record, err = RecordOf(service); err != nil {
+			return err
+		}
 	}
 	again, ok := reapplies(h.plan.reapplied()).add(h.c.Now())
 	if !ok {
@@ -342,7 +356,7 @@ func (i *Intercept) fill(s *intercept.State, origins map[PortKey]string, backend
 
 // reapply leads the Service to the gates again, as it is planned now.
 func (i *Intercept) reapply(ctx context.Context) error {
-	origins, err := i.head.origin(ctx, i.spec.Holder.Session)
+	origins, err := i.head.origin(ctx, i.owner().Session)
 	if err != nil {
 		return err
 	}

@@ -118,6 +118,14 @@ func (s *sweep) run(ctx context.Context) ([]Leftover, error) {
 }
 
 func (s *sweep) alive(session string) bool {
+	if isMesh(session) { // it lives as long as one of its members
+		for _, e := range s.state.Entries {
+			if e.Holder.Session == session && slices.ContainsFunc(e.Members, func(m intercept.Member) bool { return s.alive(m.Holder.Session) }) {
+				return true
+			}
+		}
+		return false
+	}
 	last, ok := s.seen[session]
 	return ok && s.now.Sub(last) <= s.olderThan
 }
@@ -266,7 +274,13 @@ func (s *sweep) gateState(ctx context.Context) (err error) {
 		one.Name, one.UID, one.Session, one.User, one.made = key, "", h.Session, h.User, h.Since
 	}
 	for _, key := range slices.Sorted(maps.Keys(s.state.Entries)) {
-		entry(key, s.state.Entries[key].Holder)
+		e := s.state.Entries[key]
+		for _, m := range e.Members {
+			entry(key, m.Holder)
+		}
+		if len(e.Members) == 0 {
+			entry(key, e.Holder)
+		}
 	}
 	if len(s.state.Entries) == 0 {
 		entry("", intercept.Holder{}) // nothing to take out but the ConfigMap itself

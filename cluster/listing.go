@@ -33,6 +33,47 @@ type ServiceState struct {
 	Alive    bool      `json:"alive"`
 	LastSeen time.Time `json:"lastSeen,omitzero"` // by the API server's clock; zero: there is no heartbeat
 	State    string    `json:"state,omitempty"`   // "active", "gone", "starting", "draining", "restored"
+	// Members are those of a mesh; User is then empty, and Alive that one of them is.
+	Members []MemberState `json:"members,omitempty"`
+}
+
+// MemberState is one developer of a meshed Service. JSON of `culvert list`.
+type MemberState struct {
+	User     string    `json:"user,omitempty"`
+	Session  string    `json:"session"`
+	Since    time.Time `json:"since,omitzero"`
+	Match    []string  `json:"match"` // conditions, as they are typed
+	Ports    []string  `json:"ports"` // "80/TCP -> alice:8080"
+	Alive    bool      `json:"alive"`
+	LastSeen time.Time `json:"lastSeen,omitzero"` // as in ServiceState
+}
+
+// membersOf shows the members of an entry.
+func membersOf(e intercept.Entry) []MemberState {
+	var all []MemberState
+	for _, m := range e.Members {
+		one := MemberState{User: m.Holder.User, Session: m.Holder.Session, Since: m.Holder.Since}
+		for _, c := range m.Match {
+			one.Match = append(one.Match, c.String())
+		}
+		for _, p := range m.Ports {
+			one.Ports = append(one.Ports, fmt.Sprintf("%d/TCP -> %s:%d", p.Port, firstOf(m.Holder.User, "machine"), p.Machine.Local))
+		}
+		all = append(all, one)
+	}
+	return all
+}
+
+// addMembersSeen adds when the members' sessions were seen.
+func (c *Cluster) addMembersSeen(ctx context.Context, namespace string, all []MemberState) error {
+	for k := range all {
+		last, _, err := c.SeenSession(ctx, namespace, all[k].Session)
+		if err != nil {
+			return err
+		}
+		all[k].LastSeen, all[k].Alive = last, !last.IsZero() && c.Now().Sub(last) < aliveWithin
+	}
+	return nil
 }
 
 // aliveWithin is three heartbeats.
@@ -90,6 +131,9 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 			if one.Kind == intercept.Exchange {
 				one.Mode = api.ModeSelector
 			}
+			if one.Kind == intercept.Mesh {
+				one.Members = membersOf(entry)
+			}
 			shown[s.Name] = true
 			all = append(all, one)
 		}
@@ -123,6 +167,21 @@ func (c *Cluster) addSeen(ctx context.Context, namespace string, all []ServiceSt
 	known := map[string]time.Time{}
 	for k := range all {
 		one := &all[k]
+		if one.Kind == intercept.Mesh {
+			if err := c.addMembersSeen(ctx, namespace, one.Members); err != nil {
+				return err
+			}
+			for _, m := range one.Members {
+				one.Alive = one.Alive || m.Alive
+				if m.LastSeen.After(one.LastSeen) {
+					one.LastSeen = m.LastSeen
+				}
+			}
+			if !one.Alive && one.State == "active" {
+				one.State = "gone"
+			}
+			continue
+		}
 		if one.Session == "" {
 			continue
 		}

@@ -30,7 +30,9 @@ const (
 type PolicySpec struct {
 	Service string // its key, see intercept.Key
 	Session string
-	Gate    string // the name of the gates' Deployment
+	// Member is the session of a mesh's member: the way to the agent is its own.
+	Member string
+	Gate   string // the name of the gates' Deployment
 	// OriginSelector are the labels of the pods that served it; empty: nobody did.
 	OriginSelector map[string]string
 	Ports          []PolicyPort

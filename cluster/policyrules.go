@@ -3,6 +3,7 @@ package cluster
 import (
 	"maps"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -205,12 +206,12 @@ func (v *policyView) outOfGates() *networkingv1.NetworkPolicy {
 			Ports: []networkingv1.NetworkPolicyPort{policyPort(corev1.ProtocolTCP, intstr.FromInt32(intercept.Port))},
 		})
 	}
-	return v.policy(v.namespace, "out", metav1.LabelSelector{MatchLabels: GateSelector(v.spec.Gate)}, networkingv1.NetworkPolicySpec{Egress: rules})
+	return v.policy(v.namespace, v.membered("out"), metav1.LabelSelector{MatchLabels: GateSelector(v.spec.Gate)}, networkingv1.NetworkPolicySpec{Egress: rules})
 }
 
 // intoAgent lets the gates in to the agent, for gates' connections only.
 func (v *policyView) intoAgent() *networkingv1.NetworkPolicy {
-	return v.policy(v.agentNamespace, "agent", metav1.LabelSelector{MatchLabels: v.spec.AgentLabels}, networkingv1.NetworkPolicySpec{
+	return v.policy(v.agentNamespace, v.membered("agent"), metav1.LabelSelector{MatchLabels: v.spec.AgentLabels}, networkingv1.NetworkPolicySpec{
 		Ingress: []networkingv1.NetworkPolicyIngressRule{{
 			From:  v.gatePeers(v.agentNamespace),
 			Ports: []networkingv1.NetworkPolicyPort{policyPort(corev1.ProtocolTCP, intstr.FromInt32(intercept.Port))},
@@ -315,19 +316,31 @@ func (v *policyView) policy(namespace, purpose string, selector metav1.LabelSele
 	if len(spec.Egress) > 0 {
 		spec.PolicyTypes = []networkingv1.PolicyType{networkingv1.PolicyTypeEgress}
 	}
+	session := v.spec.Session
+	if v.spec.Member != "" && strings.HasSuffix(purpose, digest(v.spec.Member)) {
+		session = v.spec.Member
+	}
 	return &networkingv1.NetworkPolicy{
 		ObjectMeta: metav1.ObjectMeta{
 			Name:      v.name(purpose),
 			Namespace: namespace,
-			Labels:    merge(v.spec.ownLabels(v.namespace), map[string]string{LabelName: gateApp, LabelSession: v.spec.Session}),
+			Labels:    merge(v.spec.ownLabels(v.namespace), map[string]string{LabelName: gateApp, LabelSession: session}),
 		},
 		Spec: spec,
 	}
 }
 
+// membered is the purpose of a policy of which each member of a mesh has one.
+func (v *policyView) membered(purpose string) string {
+	if v.spec.Member == "" {
+		return purpose
+	}
+	return purpose + "-" + digest(v.spec.Member)
+}
+
 // name tells apart the Services of several namespaces, whose agent is in one.
 func (v *policyView) name(purpose string) string {
-	if v.agentNamespace != v.namespace && purpose == "agent" {
+	if v.agentNamespace != v.namespace && strings.HasPrefix(purpose, "agent") {
 		purpose += "-" + digest(v.namespace)
 	}
 	return hashed("culvert", v.spec.Service, purpose)

@@ -39,8 +39,9 @@ const (
 
 // Paths of the control API, see intercept.GatePort.
 const (
-	pathState = "/v1/state"
-	pathReach = "/v1/reach"
+	pathState    = "/v1/state"
+	pathReach    = "/v1/reach"
+	pathRequests = "/v1/requests"
 )
 
 // callGate makes one request of the control API by a port-forward of its own.

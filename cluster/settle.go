@@ -41,7 +41,7 @@ func (i *Intercept) settle(ctx context.Context) error {
 		return err
 	}
 	e := state.Entries[i.Key]
-	if !slices.ContainsFunc(e.Routes, func(r intercept.Route) bool { return len(r.Backends) > 0 }) && e.Kind != intercept.Exchange {
+	if !slices.ContainsFunc(e.Routes, func(r intercept.Route) bool { return len(r.Backends) > 0 }) && e.Kind != intercept.Exchange && e.Kind != intercept.Mesh {
 		return nil
 	}
 	select {
@@ -79,7 +79,7 @@ func (i *Intercept) settle(ctx context.Context) error {
 	}
 	state, err = i.c.ChangeGateState(ctx, i.spec.Namespace, func(s *intercept.State) error {
 		e, ok := s.Entries[i.Key]
-		if !ok || e.Holder.Session != i.spec.Holder.Session {
+		if !ok || e.Holder.Session != i.owner().Session {
 			return nil
 		}
 		for k := range e.Routes {

@@ -35,7 +35,7 @@ type UndoSpec struct {
 	// Key is the intercept's in the gates' state: a Service's name, or scaleKey.
 	Key string
 	// Session, if set, is whose it has to be: another's is left alone, without an
-	// error.
+	// error. Of a mesh it is one member, who leaves; the last one ends it.
 	Session string
 	// Dead: the session is known to be over; what is open to it is reset, since
 	// nobody is at its other end.
@@ -62,8 +62,20 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	var entry intercept.Entry
 	known := false
 	if stateErr == nil {
-		if entry, known = state.Entries[u.Key]; known && u.Session != "" && entry.Holder.Session != u.Session {
+		entry, known = state.Entries[u.Key]
+		if known && u.Session != "" && entry.Holder.Session != u.Session && entry.Kind != intercept.Mesh {
 			return nil
+		}
+	}
+	if known && entry.Kind == intercept.Mesh && u.Session != "" && u.Session != entry.Holder.Session {
+		l, err := c.leaveMesh(ctx, u)
+		if err != nil || l.others || l.mesh.Session == "" {
+			return err
+		}
+		// The last one: what is shared goes with it.
+		u.Session = l.mesh.Session
+		if state, stateErr = c.GateState(ctx, u.Namespace); stateErr == nil {
+			entry, known = state.Entries[u.Key]
 		}
 	}
 	u.Reached(StepRestore)

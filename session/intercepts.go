@@ -202,7 +202,7 @@ func (x *intercepts) some() bool {
 
 func (x *intercepts) viewLocked(i *intercepted) api.Intercept {
 	v := api.Intercept{Session: x.session.id, Kind: i.Request.Kind, Mode: i.Request.Mode, Namespace: i.Namespace, Service: i.Service,
-		Ports: slices.Clone(i.Ports), Since: i.Since, State: i.state, Cause: i.cause, Addresses: slices.Clone(i.at), Notes: slices.Clone(i.notes)}
+		Ports: slices.Clone(i.Ports), Since: i.Since, State: i.state, Cause: i.cause, Addresses: slices.Clone(i.at), Notes: slices.Clone(i.notes), Match: slices.Clone(i.Request.Match)}
 	if x.session.cluster != nil {
 		v.Context = x.session.cluster.Context()
 	}

@@ -25,6 +25,9 @@ func (x *intercepts) start(ctx context.Context, req api.InterceptRequest, say fu
 	if err != nil {
 		return nil, err
 	}
+	if err := checkMesh(req); err != nil {
+		return nil, err
+	}
 	if req.Kind == api.KindExpose {
 		return x.startExposed(ctx, req, expose, say)
 	}
@@ -183,7 +186,32 @@ func (s *Session) interceptSpec(req api.InterceptRequest, expose []cluster.Expos
 	if req.Kind == api.KindExchange && req.Mode == api.ModeScale {
 		spec.Kind = intercept.Scale
 	}
+	if req.Kind == api.KindMesh {
+		spec.Match, _ = cluster.ParseMatch(req.Match) // checkMesh has read it
+		spec.OnGone, spec.TagResponses = req.OnGone, req.TagResponses
+	}
 	return spec
+}
+
+// checkMesh refuses what of a mesh cannot be.
+func checkMesh(req api.InterceptRequest) error {
+	if req.Kind != api.KindMesh {
+		return nil
+	}
+	switch req.Mode {
+	case "", api.ModeAuto, api.ModeRouter:
+	case api.ModeIstio, api.ModeGateway, api.ModeManual:
+		return &api.Error{Code: api.CodeUnsupported, Message: fmt.Sprintf("--mode %s is not built yet", req.Mode), Hint: "--mode router needs neither Istio nor Gateway API"}
+	default:
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%q is no mode of mesh", req.Mode), Hint: "--mode takes auto and router"}
+	}
+	switch req.OnGone {
+	case "", api.OnGoneOrigin, api.OnGoneFail:
+	default:
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("--on-gone %q is unknown", req.OnGone), Hint: "it is origin or fail"}
+	}
+	_, err := cluster.ParseMatch(req.Match)
+	return err
 }
 
 func (s *Session) namespaceOf(req api.InterceptRequest) string {

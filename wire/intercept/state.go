@@ -91,6 +91,8 @@ type Member struct {
 	// TagResponses: answers of his machine say so, see ServedByHeader.
 	TagResponses bool         `json:"tagResponses,omitempty"`
 	Ports        []MemberPort `json:"ports"`
+	// Draining: nothing new goes to his machine, what is under way may end.
+	Draining bool `json:"draining,omitempty"`
 }
 
 // MemberPort is a port of the Service, TCP, and where a member's requests to it go.
