@@ -26,7 +26,8 @@ type conn struct {
 	backend   *net.TCPConn
 	watch     *watcher // of the agent that serves it; nil: the origin does
 	machineID string
-	ended     func() // counts
+	ended     func()    // counts
+	mesh      *meshConn // while requests are routed one by one; there is no backend then
 
 	resetOnce sync.Once
 	running   atomic.Int32 // directions
@@ -74,6 +75,10 @@ func (g *Gate) admit(r *route, client *net.TCPConn) {
 // serve chooses who serves c, and starts the relay in goroutines of their own:
 // this one's stack has grown with the dial.
 func (c *conn) serve() {
+	if sp := c.route.spec.Load(); sp.table != nil && (sp.HTTP == intercept.HTTPSniff || sp.HTTP == intercept.HTTPKnown) {
+		c.serveMesh()
+		return
+	}
 	backend, sp, machine, err := c.choose()
 	if err != nil {
 		c.gate.log.Debug("connection refused", "port", c.route.at.port, "error", err)
@@ -108,7 +113,7 @@ func (c *conn) serve() {
 func (c *conn) choose() (backend *net.TCPConn, sp *spec, machine bool, err error) {
 	sp = c.route.spec.Load()
 	if sp.machineNow() {
-		backend, err := c.gate.dialMachine(sp, intercept.Header{
+		backend, err := c.gate.dialMachine(c.gate.life, sp.watch, sp.Machine, intercept.Header{
 			Network: intercept.TCP, Client: addrPort(c.client.RemoteAddr()), Server: addrPort(c.client.LocalAddr()),
 		})
 		if backend != nil || errors.Is(err, errRefused) {
@@ -160,6 +165,10 @@ func (c *conn) forget() {
 // reset ends both sides with a RST, whichever of them still stands. The directions
 // then find their sockets closed.
 func (c *conn) reset() {
+	if c.mesh != nil {
+		c.mesh.reset()
+		return
+	}
 	c.resetOnce.Do(func() {
 		reset(c.client)
 		if c.backend != nil {

@@ -40,6 +40,7 @@ func (g *Gate) controlAPI() http.Handler {
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { answer(w, g.status()) })
 	mux.HandleFunc("PUT /v1/state", g.handlePush)
 	mux.HandleFunc("POST /v1/reach", g.handleReach)
+	mux.HandleFunc("GET /v1/requests", g.handleRequests)
 	return mux
 }
 

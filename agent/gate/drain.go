@@ -30,8 +30,11 @@ import (
 // drainLocked begins a drain of every connection that must end. g.mu is held.
 func (g *Gate) drainLocked() {
 	for c := range g.conns {
-		if c.backend != nil && c.mustDrain() {
+		if (c.backend != nil || c.mesh != nil) && c.mustDrain() {
 			c.drain()
+		}
+		if c.mesh != nil {
+			c.mesh.follow(c.route.spec.Load())
 		}
 	}
 }
@@ -41,7 +44,7 @@ func (g *Gate) drainLocked() {
 func (c *conn) mustDrain() bool {
 	sp := c.route.spec.Load()
 	return c.gate.terminating || c.route.gone.Load() || sp.draining ||
-		c.watch != nil && (c.watch != sp.watch || c.machineID != sp.machineID() || c.watch.status() == intercept.Leaving)
+		c.watch != nil && (!sp.serves(machineKey{c.watch, c.machineID}) || c.watch.status() == intercept.Leaving)
 }
 
 // drainAgent drains what is open by way of an agent that is about to end.
@@ -51,6 +54,9 @@ func (g *Gate) drainAgent(w *watcher) {
 	for c := range g.conns {
 		if c.watch == w {
 			c.drain()
+		}
+		if c.mesh != nil {
+			c.mesh.follow(c.route.spec.Load())
 		}
 	}
 }
@@ -62,6 +68,9 @@ func (g *Gate) resetAgent(w *watcher) {
 	for c := range g.conns {
 		if c.watch == w {
 			c.reset()
+		}
+		if c.mesh != nil {
+			c.mesh.lost(w)
 		}
 	}
 }
@@ -78,6 +87,10 @@ func (c *conn) drain() {
 	}
 	c.until.Store(time.Now().Add(c.gate.cfg.Drain).UnixNano())
 	c.draining.Store(true)
+	if c.mesh != nil {
+		c.mesh.leave()
+		return
+	}
 	c.wakeDown()
 }
 
@@ -103,7 +116,10 @@ func (g *Gate) sweep(ctx context.Context) {
 		now := time.Now()
 		g.mu.Lock()
 		for c := range g.conns {
-			if c.draining.Load() {
+			switch {
+			case c.mesh != nil:
+				c.mesh.sweep(now)
+			case c.draining.Load():
 				c.sweep(now)
 			}
 		}

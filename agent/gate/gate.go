@@ -151,6 +151,8 @@ type Gate struct {
 	log   *slog.Logger
 	web   *metrics
 	flows *flows
+	// requests is the access log of meshes.
+	requests accessLog
 
 	endMu  sync.Mutex
 	closed bool
@@ -167,6 +169,7 @@ type Gate struct {
 	loaded      bool
 	routes      map[place]*route
 	failed      map[place]string // why a place of the state is not served
+	skipped     []string         // members that are not served, and why
 	watchers    map[string]*watcher
 	conns       map[*conn]struct{}
 	wasReady    bool

@@ -42,10 +42,19 @@ type spec struct {
 	over     bool      // draining, and nobody is at the machine's end
 	since    time.Time // draining: by then its Service led elsewhere
 	watch    *watcher  // of its machine, nil without one
+	table    *table    // of a mesh's TCP route, nil otherwise
 }
 
 // machineNow tells whether something new may go to the machine.
 func (s *spec) machineNow() bool { return s.Machine != nil && !s.draining && s.watch.usable() }
+
+// serves tells whether a machine is the route's, or one of its members'.
+func (s *spec) serves(k machineKey) bool {
+	if s.table != nil {
+		return s.table.has(k)
+	}
+	return s.watch == k.watch && s.machineID() == k.id
+}
 
 // machineID is the intercept's, empty without a machine.
 func (s *spec) machineID() string {
@@ -62,6 +71,8 @@ type route struct {
 	count counters
 	spec  atomic.Pointer[spec]
 	gone  atomic.Bool // from the state
+	// members has the counters of a mesh's members by session. gate.mu guards it.
+	members map[string]*memberCount
 	// listener is a *net.TCPListener or a *net.UDPConn.
 	listener io.Closer
 }
@@ -72,6 +83,7 @@ type counters struct {
 	totalMachine, totalOrigin atomic.Int64
 	refused                   atomic.Int64
 	up, down                  atomic.Int64 // bytes, as seen by the client
+	requestsToOrigin          atomic.Int64 // of a mesh
 }
 
 // opened counts a connection or a flow; the result is called at its end.
@@ -92,6 +104,7 @@ func (g *Gate) applyLocked() {
 	watchers := map[string]*watcher{}
 	proofs := map[*watcher][]proof{}
 	clear(g.failed)
+	g.skipped = nil
 	for _, key := range slices.Sorted(maps.Keys(g.state.Entries)) {
 		e := g.state.Entries[key]
 		if e.Gate != g.cfg.Name {
@@ -112,6 +125,9 @@ func (g *Gate) applyLocked() {
 			if r.Machine != nil {
 				s.watch = g.watcherLocked(watchers, r.Machine.Agents)
 				proofs[s.watch] = append(proofs[s.watch], proof{r.Machine.ID, r.Machine.Token, e.Holder.Since.UnixNano()})
+			}
+			if e.Kind == intercept.Mesh && r.Protocol == protocolTCP {
+				s.table = g.tableLocked(at, e, r.Port, watchers, proofs)
 			}
 			specs[at] = s
 		}
@@ -136,7 +152,7 @@ func (g *Gate) applyLocked() {
 	}
 	for _, at := range slices.SortedFunc(maps.Keys(specs), comparePlaces) {
 		if r := g.routes[at]; r != nil {
-			r.spec.Store(specs[at])
+			r.follow(specs[at])
 			continue
 		}
 		if g.shut {
@@ -147,6 +163,46 @@ func (g *Gate) applyLocked() {
 		}
 	}
 	g.drainLocked()
+}
+
+// tableLocked compiles the members of a mesh that expose a port. One that cannot be
+// served is left out, and told of in the status: the others need their requests, and
+// what was pushed is everybody's.
+func (g *Gate) tableLocked(at place, e intercept.Entry, port int32, watchers map[string]*watcher, proofs map[*watcher][]proof) *table {
+	var members []*member
+	for _, m := range e.Members {
+		if err := checkMember(m); err != nil {
+			g.skipped = append(g.skipped, fmt.Sprintf("%s: member %s: %v", at, m.Holder.Session, err))
+			continue
+		}
+		for _, p := range m.Ports {
+			if p.Port != port {
+				continue
+			}
+			x := &member{Member: m, machine: p.Machine, watch: g.watcherLocked(watchers, p.Machine.Agents)}
+			proofs[x.watch] = append(proofs[x.watch], proof{p.Machine.ID, p.Machine.Token, m.Holder.Since.UnixNano()})
+			members = append(members, x)
+			break
+		}
+	}
+	return newTable(members, e.Draining)
+}
+
+// follow makes s what the route is. Counters of members stay theirs; those of
+// members that left are forgotten. gate.mu is held.
+func (r *route) follow(s *spec) {
+	before := r.members
+	r.members = nil
+	if s.table != nil {
+		r.members = make(map[string]*memberCount, len(s.table.members))
+		for _, m := range s.table.members {
+			if m.count = before[m.Holder.Session]; m.count == nil {
+				m.count = &memberCount{}
+			}
+			r.members[m.Holder.Session] = m.count
+		}
+	}
+	r.spec.Store(s)
 }
 
 // watcherLocked is the one watcher of these agents: of all routes, and of the
@@ -167,7 +223,7 @@ func (g *Gate) watcherLocked(next map[string]*watcher, agents []string) *watcher
 // openLocked listens on all addresses, of both families.
 func (g *Gate) openLocked(at place, s *spec) error {
 	r := &route{gate: g, at: at}
-	r.spec.Store(s)
+	r.follow(s)
 	addr := fmt.Sprintf(":%d", at.port)
 	if at.protocol == protocolUDP {
 		var lc net.ListenConfig
@@ -244,6 +300,12 @@ func (g *Gate) status() intercept.GateStatus {
 				rs.Machine = now.String()
 			}
 		}
+		if sp.table != nil {
+			rs.RequestsToOrigin = r.count.requestsToOrigin.Load()
+			for _, m := range sp.table.members {
+				rs.Members = append(rs.Members, m.status())
+			}
+		}
 		s.Routes = append(s.Routes, rs)
 	}
 	return s
@@ -255,7 +317,7 @@ func (g *Gate) failuresLocked() []string {
 	for _, at := range slices.SortedFunc(maps.Keys(g.failed), comparePlaces) {
 		all = append(all, at.String()+": "+g.failed[at])
 	}
-	return all
+	return append(all, g.skipped...)
 }
 
 // reasonOf is why it could not be listened, in a few words.

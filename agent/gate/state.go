@@ -40,7 +40,8 @@ func (g *Gate) parseState(b []byte) (s intercept.State, err error) {
 	return s, g.checkState(s)
 }
 
-// checkState tells what cannot be served. Entries of other gates are theirs.
+// checkState tells what cannot be served. Entries of other gates are theirs. A
+// member of a mesh that cannot be served is left out instead: see tableLocked.
 func (g *Gate) checkState(s intercept.State) error {
 	for key, e := range s.Entries {
 		if e.Gate != g.cfg.Name {
@@ -70,15 +71,7 @@ func checkRoute(r intercept.Route) error {
 	if r.Machine == nil {
 		return nil
 	}
-	if len(r.Machine.Agents) == 0 {
-		return errors.New("a machine without the address of its agent")
-	}
-	for _, a := range r.Machine.Agents {
-		if _, _, err := net.SplitHostPort(a); err != nil {
-			return fmt.Errorf("agent %q: %w", a, err)
-		}
-	}
-	return nil
+	return checkMachine(*r.Machine)
 }
 
 // readMounted reads the mounted ConfigMap. The kubelet swaps the link ..data, so

@@ -254,7 +254,7 @@ func (fl *flow) chooseMachine(sp *spec) bool {
 		return true
 	}
 	fl.drop()
-	c, err := fl.flows.gate.dialMachine(sp, intercept.Header{
+	c, err := fl.flows.gate.dialMachine(fl.flows.gate.life, sp.watch, sp.Machine, intercept.Header{
 		Network: intercept.UDP,
 		Client:  netip.AddrPortFrom(fl.key.client.Addr().Unmap(), fl.key.client.Port()),
 		Server:  addrPort(fl.socket.LocalAddr()),

@@ -240,19 +240,19 @@ func (e statusError) Error() string { return "the machine: " + intercept.Status(
 
 // dialMachine connects to the local program. Any error but errRefused means that
 // the origin shall serve.
-func (g *Gate) dialMachine(sp *spec, h intercept.Header) (*net.TCPConn, error) {
+func (g *Gate) dialMachine(ctx context.Context, w *watcher, m *intercept.Machine, h intercept.Header) (*net.TCPConn, error) {
 	end := time.Now().Add(g.times.detour)
-	c, err := sp.watch.dial(g.life)
+	c, err := w.dial(ctx)
 	if err != nil {
 		return nil, err
 	}
-	h.ID, h.Token = sp.Machine.ID, sp.Machine.Token
+	h.ID, h.Token = m.ID, m.Token
 	status, err := introduce(c, h, min(g.times.status, time.Until(end)))
 	switch {
 	case err != nil:
 	case status == intercept.Accepted:
 		return c, nil
-	case status == intercept.Refused && sp.Machine.OnRefused == intercept.RefusedToClient:
+	case status == intercept.Refused && m.OnRefused == intercept.RefusedToClient:
 		err = errRefused
 	default:
 		err = statusError(status)
