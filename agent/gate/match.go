@@ -30,6 +30,7 @@ type member struct {
 	machine intercept.Machine
 	watch   *watcher
 	count   *memberCount
+	tag     string // the line that tells whose machine answered
 	tests   []test
 	rank    [3]int // exact, prefix and regex conditions
 	order   int    // in which they came
@@ -89,6 +90,7 @@ func newTable(members []*member, closed bool) *table {
 	t := &table{members: members, closed: closed}
 	for i, m := range members {
 		m.order = i
+		m.tag = intercept.ServedByHeader + ": " + printable(m.name()) + "\r\n"
 		m.tests, m.rank = nil, [3]int{}
 		by := -1
 		for _, c := range m.Match {
@@ -111,6 +113,16 @@ func newTable(members []*member, closed bool) *table {
 		t.index[at].members[x.Value] = append(t.index[at].members[x.Value], m)
 	}
 	return t
+}
+
+// printable is s without what no header may hold.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 func compile(c intercept.Condition) test {

@@ -37,6 +37,7 @@ type meshConn struct {
 	shut     bool       // ended from outside
 	gone     bool       // the client's FIN was passed on
 	told     bool       // left is closed
+	last     *backend   // which was busy last
 	backends []*backend // of HTTP/1 also those that are kept
 }
 
@@ -173,7 +174,7 @@ func (c *meshConn) hold(m *member, conn *net.TCPConn) *backend {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.backends = append(c.backends, b)
+	c.backends, c.last = append(c.backends, b), b
 	if c.shut {
 		reset(conn)
 	}
@@ -194,6 +195,9 @@ func (c *meshConn) setBusy(b *backend, busy bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	b.busy, b.since = busy, time.Now()
+	if busy {
+		c.last = b
+	}
 }
 
 // reset ends the client's connection and all that belong to it with a RST.
@@ -336,18 +340,22 @@ func (c *meshConn) endLocked() {
 	}
 }
 
-// lookLocked passes on the ends that nobody waits for: of the origin to a client that
-// sends nothing, since a request could still be on its way to an origin that went; and
-// of a client to who still works for it. c.mu is held.
+// lookLocked passes on the ends that nobody waits for: of the origin, where it served
+// last, to a client that sends nothing; and of a client to who still works for it. c.mu is held.
 func (c *meshConn) lookLocked() {
 	for _, b := range c.backends {
 		switch {
+		case b.busy && c.gone:
 		case b.busy:
-			if !c.gone && ended(c.client) {
+			n, err := pending(c.client)
+			switch {
+			case err == nil && n == 0:
 				c.gone = true
 				_ = b.conn.CloseWrite() // fails when it has ended too
+			case err != nil && err != syscall.EAGAIN:
+				reset(b.conn)
 			}
-		case ended(b.conn) && b.to.watch == nil && c.idle && !hasBytes(c.client):
+		case ended(b.conn) && b.to.watch == nil && b == c.last && c.idle && !hasBytes(c.client):
 			c.endLocked()
 			return
 		case ended(b.conn):
