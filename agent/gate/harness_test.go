@@ -33,13 +33,13 @@ func TestMain(m *testing.M) {
 // testGate is a Gate that runs, with ports of its own.
 type testGate struct {
 	*Gate
-	t       *testing.T
+	t       testing.TB
 	stop    context.CancelFunc // SIGTERM
 	stopped chan error
 }
 
 // startGate runs a gate that has loaded no state.
-func startGate(t *testing.T, cfg Config, tune func(*timing)) *testGate {
+func startGate(t testing.TB, cfg Config, tune func(*timing)) *testGate {
 	t.Helper()
 	dir := t.TempDir()
 	if cfg.StateDir == "" {
@@ -122,11 +122,11 @@ func draining(s intercept.State) intercept.State {
 	return intercept.State{Generation: s.Generation + 1, Entries: map[string]intercept.Entry{"web": e}}
 }
 
-func tcpRoute(t *testing.T, origin string, m *intercept.Machine) intercept.Route {
+func tcpRoute(t testing.TB, origin string, m *intercept.Machine) intercept.Route {
 	return intercept.Route{Listen: freePort(t), Protocol: "TCP", Port: 80, Origin: origin, Machine: m}
 }
 
-func udpRoute(t *testing.T, origin string, m *intercept.Machine) intercept.Route {
+func udpRoute(t testing.TB, origin string, m *intercept.Machine) intercept.Route {
 	return intercept.Route{Listen: freePort(t), Protocol: "UDP", Port: 53, Origin: origin, Machine: m}
 }
 
@@ -136,7 +136,7 @@ var nextPort atomic.Uint32
 func init() { nextPort.Store(16000 + uint32(os.Getpid()%8000)) }
 
 // freePort is one that nobody has.
-func freePort(t *testing.T) uint16 {
+func freePort(t testing.TB) uint16 {
 	t.Helper()
 	for range 1000 {
 		port := uint16(nextPort.Add(1))
@@ -154,7 +154,7 @@ func freePort(t *testing.T) uint16 {
 	return 0
 }
 
-func eventually(t *testing.T, what string, is func() bool) {
+func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -164,7 +164,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 }
 
 // dial connects to a route.
-func dial(t *testing.T, port uint16) *net.TCPConn {
+func dial(t testing.TB, port uint16) *net.TCPConn {
 	t.Helper()
 	c, err := net.Dial("tcp", "127.0.0.1:"+strconv.Itoa(int(port)))
 	if err != nil {
@@ -177,7 +177,7 @@ func dial(t *testing.T, port uint16) *net.TCPConn {
 
 // mustReset connects to a route and wants a reset, which may come before the
 // connection is known here.
-func mustReset(t *testing.T, port uint16) {
+func mustReset(t testing.TB, port uint16) {
 	t.Helper()
 	c, err := net.Dial("tcp", "127.0.0.1:"+strconv.Itoa(int(port)))
 	if err == nil {
@@ -191,7 +191,7 @@ func mustReset(t *testing.T, port uint16) {
 }
 
 // ask sends a line and returns what comes back.
-func ask(t *testing.T, c net.Conn, line string) string {
+func ask(t testing.TB, c net.Conn, line string) string {
 	t.Helper()
 	if _, err := io.WriteString(c, line+"\n"); err != nil {
 		t.Fatalf("writing: %v", err)
@@ -205,7 +205,7 @@ func ask(t *testing.T, c net.Conn, line string) string {
 }
 
 // serve runs a server whose connections are served by handle.
-func serve(t *testing.T, handle func(*net.TCPConn)) string {
+func serve(t testing.TB, handle func(*net.TCPConn)) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -259,7 +259,7 @@ type fakeAgent struct {
 	conns []net.Conn
 }
 
-func startAgent(t *testing.T, handle func(intercept.Header, *net.TCPConn)) *fakeAgent {
+func startAgent(t testing.TB, handle func(intercept.Header, *net.TCPConn)) *fakeAgent {
 	t.Helper()
 	if handle == nil {
 		handle = func(_ intercept.Header, c *net.TCPConn) { answerLines("machine", c) }
@@ -272,7 +272,7 @@ func startAgent(t *testing.T, handle func(intercept.Header, *net.TCPConn)) *fake
 	return a
 }
 
-func (a *fakeAgent) listen(t *testing.T, addr string) {
+func (a *fakeAgent) listen(t testing.TB, addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -358,7 +358,7 @@ func (g *testGate) machineIs(s intercept.Status) {
 
 // deaf is an address whose SYNs are dropped: nobody accepts, and the queue of
 // those who wait is full.
-func deaf(t *testing.T) string {
+func deaf(t testing.TB) string {
 	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -376,7 +376,7 @@ func deaf(t *testing.T) string {
 	return fmt.Sprintf("127.0.0.1:%d", sa.(*syscall.SockaddrInet4).Port)
 }
 
-func fillBacklog(t *testing.T, fd int) {
+func fillBacklog(t testing.TB, fd int) {
 	t.Helper()
 	if err := syscall.Listen(fd, 0); err != nil {
 		t.Fatal(err)

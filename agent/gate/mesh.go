@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net"
@@ -461,6 +462,9 @@ func (c *meshConn) sniff(origin *net.TCPConn) (int32, error) {
 // sniffed is protocolOf, but for HTTP/1 it wants to see the whole first line, unless
 // the port is known to be HTTP: others have words, too.
 func sniffed(b []byte, known bool) int32 {
+	if known { // empty lines before a request are ignored
+		b = bytes.TrimLeft(b, "\r\n")
+	}
 	proto := protocolOf(b)
 	if proto != protoHTTP1 || known {
 		return proto

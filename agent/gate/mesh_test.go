@@ -35,7 +35,7 @@ func meshState(generation int64, route intercept.Route, members ...intercept.Mem
 	}}
 }
 
-func meshRoute(t *testing.T, origin, how string) intercept.Route {
+func meshRoute(t testing.TB, origin, how string) intercept.Route {
 	r := tcpRoute(t, origin, nil)
 	r.HTTP = how
 	return r
