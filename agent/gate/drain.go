@@ -43,7 +43,7 @@ func (g *Gate) drainLocked() {
 // are no longer the route's. gate.mu is held.
 func (c *conn) mustDrain() bool {
 	sp := c.route.spec.Load()
-	return c.gate.terminating || c.route.gone.Load() || sp.draining ||
+	return c.gate.terminating || c.route.gone.Load() || sp.draining || c.mesh != nil && sp.table == nil ||
 		c.watch != nil && (!sp.serves(machineKey{c.watch, c.machineID}) || c.watch.status() == intercept.Leaving)
 }
 

@@ -3,7 +3,6 @@ package gate
 import (
 	"errors"
 	"net/http"
-	"syscall"
 	"time"
 )
 
@@ -16,8 +15,6 @@ var errBodyEnd = errors.New("the body ended")
 
 // errTruncated: a message ended too early.
 var errTruncated = errors.New("a message ended in its midst")
-
-func isAgain(err error) bool { return err == syscall.EAGAIN }
 
 // exchange sends r to r.up and passes the response on.
 func (h *http1) exchange(r *request) (keep bool, err error) {

@@ -144,7 +144,7 @@ func TestMeshStreams(t *testing.T) {
 		}
 	}
 	runtime.ReadMemStats(&after)
-	if n := (after.TotalAlloc - before.TotalAlloc) >> 20; n > 64 {
+	if n := (after.TotalAlloc - before.TotalAlloc) >> 20; n > 128 {
 		t.Errorf("%d MiB were allocated to move %d", n, 8*size>>20)
 	}
 }

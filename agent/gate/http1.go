@@ -320,12 +320,6 @@ func (h *http1) connect(m *member, fresh bool) (*upstream, error) {
 	return h.add(m, c)
 }
 
-// waits tells whether the other side has neither ended nor said anything.
-func (u *upstream) waits() bool {
-	_, err := pending(u.conn)
-	return len(u.buffered()) == 0 && err != nil && isAgain(err)
-}
-
 func (h *http1) add(m *member, c *net.TCPConn) (*upstream, error) {
 	s, err := newStream(c)
 	if err != nil {

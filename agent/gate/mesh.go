@@ -50,7 +50,6 @@ type backend struct {
 	// meshConn.mu guards these.
 	busy  bool      // a request is under way
 	until time.Time // when a machine that is no longer a member's is not waited for
-	since time.Time // busy or idle
 }
 
 func newMeshConn(c *conn) *meshConn {
@@ -169,7 +168,7 @@ func (c *meshConn) leave() {
 // busy until told otherwise. Where the client's connection has ended already, so has
 // conn when hold returns.
 func (c *meshConn) hold(m *member, conn *net.TCPConn) *backend {
-	b := &backend{conn: conn, busy: true, since: time.Now()}
+	b := &backend{conn: conn, busy: true}
 	if m != nil {
 		b.to = m.key()
 	}
@@ -195,7 +194,7 @@ func (c *meshConn) drop(b *backend) {
 func (c *meshConn) setBusy(b *backend, busy bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	b.busy, b.since = busy, time.Now()
+	b.busy = busy
 	if busy {
 		c.last = b
 	}

@@ -18,6 +18,9 @@ type metrics struct {
 	registry *prometheus.Registry
 
 	open, total, refused, bytes, machine *prometheus.Desc
+
+	// Of meshes.
+	requests, memberOpen, memberHere *prometheus.Desc
 }
 
 func newMetrics(g *Gate) *metrics {
@@ -32,6 +35,10 @@ func newMetrics(g *Gate) *metrics {
 		refused:  desc("refused_total", "TCP connections, or datagrams, that nobody served."),
 		bytes:    desc("bytes_total", "Bytes from clients (up) and to them (down).", "direction"),
 		machine:  desc("machine_here", "1 while the machine serves the port, by its agent's word."),
+
+		requests:   desc("requests_total", "Requests of a mesh: of the origin, of a member at his machine, at the origin for want of it (open), or failed.", "session", "to"),
+		memberOpen: desc("member_requests", "A member's requests and upgraded connections that are under way.", "session"),
+		memberHere: desc("member_machine_here", "1 while the member's machine serves the port, by its agent's word.", "session"),
 	}
 	gauge := func(name, help string, read func() float64) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "culvert_gate_" + name, Help: help}, read))
@@ -45,7 +52,7 @@ func newMetrics(g *Gate) *metrics {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.open, m.total, m.refused, m.bytes, m.machine} {
+	for _, d := range []*prometheus.Desc{m.open, m.total, m.refused, m.bytes, m.machine, m.requests, m.memberOpen, m.memberHere} {
 		ch <- d
 	}
 }
@@ -67,6 +74,26 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		put(m.refused, prometheus.CounterValue, float64(r.count.refused.Load()))
 		put(m.bytes, prometheus.CounterValue, float64(r.count.up.Load()), "up")
 		put(m.bytes, prometheus.CounterValue, float64(r.count.down.Load()), "down")
+		if sp.table != nil {
+			put(m.requests, prometheus.CounterValue, float64(r.count.requestsToOrigin.Load()), "", "origin")
+			told := map[string]bool{} // a session has one set of counters
+			for _, x := range sp.table.members {
+				session := x.Holder.Session
+				if told[session] {
+					continue
+				}
+				told[session] = true
+				put(m.requests, prometheus.CounterValue, float64(x.count.requests.Load()), session, "machine")
+				put(m.requests, prometheus.CounterValue, float64(x.count.toOrigin.Load()), session, "open")
+				put(m.requests, prometheus.CounterValue, float64(x.count.failed.Load()), session, "failed")
+				put(m.memberOpen, prometheus.GaugeValue, float64(x.count.open.Load()), session)
+				here := 0.0
+				if x.watch.status() == intercept.Accepted {
+					here = 1
+				}
+				put(m.memberHere, prometheus.GaugeValue, here, session)
+			}
+		}
 		if sp.watch != nil {
 			here := 0.0
 			if sp.watch.status() == intercept.Accepted {

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,6 +27,7 @@ type stream struct {
 	raw  syscall.RawConn
 	out  *nonblock.Writer
 	step func(fd uintptr) bool
+	look func(fd uintptr)
 
 	// small or big is there while bytes are; buf is either's.
 	small *[smallBuffer]byte
@@ -45,6 +47,7 @@ func newStream(c *net.TCPConn) (*stream, error) {
 	}
 	s := &stream{conn: c, raw: raw, out: nonblock.NewWriter(raw)}
 	s.step = s.readStep
+	s.look = func(fd uintptr) { s.n, s.err = nonblock.Pending(fd, 1) }
 	return s, nil
 }
 
@@ -65,11 +68,18 @@ func (s *stream) release() {
 	}
 	if s.big != nil {
 		chunks.Put(s.big)
+		largeHeads.Add(-1)
 	}
 	s.small, s.big, s.buf, s.r, s.w = nil, nil, nil, 0, 0
 }
 
-// errFull: the buffer has maxHeadBytes, and no more fit.
+// maxLargeHeads is how many connections may have a head of more than smallBuffer bytes
+// under way: 16 MiB altogether, which whoever sends such heads slowly cannot exceed.
+const maxLargeHeads = 256
+
+var largeHeads atomic.Int64
+
+// errFull: the buffer has maxHeadBytes, and no more fit; or too many others have one.
 var errFull = &badMessage{http.StatusRequestHeaderFieldsTooLarge, "the head has more than 64 KiB"}
 
 // fill waits for bytes and adds them to the buffer. What was buffered may move.
@@ -80,6 +90,9 @@ func (s *stream) fill() error {
 			copy(s.buf, s.buffered())
 			s.r, s.w = 0, s.w-s.r
 		case s.big != nil:
+			return errFull
+		case largeHeads.Add(1) > maxLargeHeads:
+			largeHeads.Add(-1)
 			return errFull
 		default:
 			s.big = chunks.Get().(*[chunk]byte)
@@ -122,6 +135,11 @@ func (s *stream) trim() {
 	if s.r == s.w {
 		s.release()
 	}
+}
+
+// waits tells whether the other side has neither ended nor said anything.
+func (s *stream) waits() bool {
+	return len(s.buffered()) == 0 && s.raw.Control(s.look) == nil && s.err == syscall.EAGAIN
 }
 
 // write writes all of b.
