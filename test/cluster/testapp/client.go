@@ -7,34 +7,47 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"time"
 )
 
+// get takes its flags before the URL, also --resolve, whose value is an address.
 func get(args []string) error {
+	var add headers
+	f := flag.NewFlagSet("get", flag.ContinueOnError)
+	f.Var(&add, "header", "NAME:VALUE, several times")
+	http2 := f.Bool("http2", false, "HTTP/2, without asking for it")
+	addr := f.String("resolve", "", "dial this address instead of the URL's")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	args = f.Args()
 	dial := (&net.Dialer{Timeout: 10 * time.Second}).DialContext
-	if len(args) > 2 && args[0] == "--resolve" {
-		addr := args[1]
+	if *addr != "" {
 		plain := dial
-		dial = func(ctx context.Context, network, _ string) (net.Conn, error) { return plain(ctx, network, addr) }
-		args = args[2:]
+		dial = func(ctx context.Context, network, _ string) (net.Conn, error) { return plain(ctx, network, *addr) }
 	}
 	url, err := word(args, 0, "URL")
 	if err != nil {
 		return err
 	}
-	client := http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{DialContext: dial}}
-	r, err := client.Get(url)
+	req, err := http.NewRequest(http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	add.put(req)
+	client := http.Client{Timeout: 60 * time.Second, Transport: newTransport(dial, *http2)}
+	r, err := client.Do(req)
 	if err != nil {
 		return err
 	}
 	defer r.Body.Close()
-	if _, err := io.Copy(os.Stdout, r.Body); err != nil {
+	if _, err := io.Copy(out, r.Body); err != nil {
 		return fmt.Errorf("read the body: %w", err)
 	}
 	if r.StatusCode >= 400 {

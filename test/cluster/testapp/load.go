@@ -28,6 +28,8 @@ type loader struct {
 	timeout   time.Duration // of a request
 	keepalive bool
 	post      bool
+	http2     bool // each client has one connection
+	add       headers
 	stop      <-chan struct{} // closed: ask no more; may be nil
 
 	dialled atomic.Int64
@@ -47,6 +49,8 @@ func load(args []string) error {
 	f.DurationVar(&l.timeout, "timeout", 10*time.Second, "time for one request")
 	f.BoolVar(&l.keepalive, "keepalive", true, "keep connections")
 	f.BoolVar(&l.post, "post", false, "POST, which nobody repeats, instead of GET")
+	f.BoolVar(&l.http2, "http2", false, "HTTP/2, without asking for it")
+	f.Var(&l.add, "header", "NAME:VALUE, several times")
 	times := f.Bool("times", false, "tell when each server answered, in JSON")
 	stdin := f.Bool("until-eof", false, "end earlier when standard input ends, and say on standard error that it begins")
 	if err := f.Parse(args[1:]); err != nil {
@@ -97,16 +101,15 @@ func (l *loader) run(d time.Duration) *tally {
 			if l.rate > 0 {
 				every = time.Duration(float64(l.workers) / l.rate * float64(time.Second))
 			}
-			transport := &http.Transport{DialContext: l.dial, DisableKeepAlives: !l.keepalive, DisableCompression: true}
+			transport := newTransport(l.dial, l.http2)
+			transport.DisableKeepAlives = !l.keepalive
 			defer transport.CloseIdleConnections()
 			client := &http.Client{Transport: transport, Timeout: l.timeout}
 			// Spread over the interval, so that they do not ask all at once.
 			next := t.begun.Add(every * time.Duration(i) / time.Duration(l.workers))
 			for next.Before(end) {
-				select {
-				case <-l.stop:
+				if !l.waitFor(next) {
 					return
-				case <-time.After(time.Until(next)):
 				}
 				t.add(l.once(client))
 				if next = next.Add(every); next.Before(time.Now()) {
@@ -119,6 +122,25 @@ func (l *loader) run(d time.Duration) *tally {
 	close(over)
 	t.finish(<-stopped, time.Now(), l.dialled.Load())
 	return t
+}
+
+// waitFor waits until a moment, and says whether to go on. At full speed, when it is
+// over already, it costs nothing.
+func (l *loader) waitFor(t time.Time) bool {
+	if d := time.Until(t); d > 0 {
+		select {
+		case <-l.stop:
+			return false
+		case <-time.After(d):
+			return true
+		}
+	}
+	select {
+	case <-l.stop:
+		return false
+	default:
+		return true
+	}
 }
 
 func (l *loader) dial(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -147,6 +169,7 @@ func (l *loader) ask(ctx context.Context, client *http.Client) (server string, e
 	if err != nil {
 		return "", err
 	}
+	l.add.put(req)
 	r, err := client.Do(req)
 	if err != nil {
 		return "", err

@@ -6,6 +6,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"strconv"
@@ -14,11 +15,22 @@ import (
 
 const usage = `usage: testapp COMMAND
   serve [--name NAME] [--on IP] [--http ADDR,ADDR] [--proxy-protocol]
-                                       HTTP :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002, TCP source :9003, UDP blasts :9004
+                                       HTTP/1.1, HTTP/2, WebSocket and gRPC :8080, TCP echo :9000, UDP echo :9001, TCP sink :9002,
+                                       TCP source :9003, UDP blasts :9004, gRPC alone :9005, a server that speaks first :9006, HTTPS :8443
                                        (with --http only HTTP, on those addresses)
-  get [--resolve ADDR] URL             HTTP GET, body to stdout
-  who http|tcp|udp ADDR                the server's name, and the caller's address as the server sees it
+  get [--header NAME:VALUE] [--http2] [--resolve ADDR] URL
+                                       HTTP GET, body to stdout
+  ask URL [--header NAME:VALUE] [--method GET] [--body BYTES] [--chunked] [--expect] [--rate BYTES] [--http2]
+                                       one HTTP request, and everything about its answer as JSON
+  ws URL [--header NAME:VALUE] [--conns 1] [--count 10] [--size 64] [--every 0] [--hold 0]
+                                       WebSockets to /ws: messages that come back
+  sse URL [--header NAME:VALUE] [--http2]
+                                       server-sent events of /sse until their end
+  grpc ADDR unary|server|client|both [--header NAME:VALUE] [--count 10] [--size 64] [--every 0] [--deadline 30s]
+                                       one call of gRPC
+  who http|tcp|udp|greet ADDR          the server's name, and the caller's address as the server sees it
   load URL [--rate 200] [--seconds 10] [--workers 20] [--timeout 10s] [--keepalive=false] [--post] [--times]
+           [--header NAME:VALUE] [--http2]
                                        HTTP requests of closed-loop clients: failures, latency, who answered when
   lookup NAME                          resolve with this machine's resolver
   put URL BYTES                        send BYTES random bytes with PUT, check the SHA-256 in the answer
@@ -35,8 +47,11 @@ const usage = `usage: testapp COMMAND
 Clients take --json before their arguments.
 `
 
-// asJSON is set by --json.
-var asJSON bool
+// asJSON is set by --json. Results go to out.
+var (
+	asJSON bool
+	out    io.Writer = os.Stdout
+)
 
 func main() {
 	log.SetFlags(log.LstdFlags | log.Lmicroseconds)
@@ -50,6 +65,7 @@ func main() {
 	}
 	commands := map[string]func([]string) error{
 		"serve": serve, "get": get, "lookup": lookup, "put": put, "udp": udp, "who": who, "load": load,
+		"ask": ask, "ws": ws, "sse": sse, "grpc": rpc,
 		"push": push, "pull": pull, "blast": blast, "rtt": rtt, "ping": ping, "hold": hold, "conns": conns, "crowd": crowd,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
@@ -97,8 +113,8 @@ func decimal(args []string, i int, def float64) (float64, error) {
 // report prints a result as text or as JSON.
 func report(text string, v any) error {
 	if asJSON {
-		return json.NewEncoder(os.Stdout).Encode(v)
+		return json.NewEncoder(out).Encode(v)
 	}
-	_, err := fmt.Println(text)
+	_, err := fmt.Fprintln(out, text)
 	return err
 }

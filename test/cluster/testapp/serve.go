@@ -14,6 +14,9 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/h2c"
 )
 
 // app is the servers of one testapp.
@@ -42,21 +45,23 @@ func serve(args []string) error {
 		}
 		a.name = host
 	}
-	errs := make(chan error, 8)
+	errs := make(chan error, 16)
 	if *addrs != "" {
 		a.http = strings.Split(*addrs, ",")
 	} else {
 		a.http = []string{a.at("8080")}
-		for name, port := range map[string]string{"echo": "9000", "sink": "9002", "source": "9003"} {
+		for name, port := range map[string]string{"echo": "9000", "sink": "9002", "source": "9003", "greet": "9006"} {
 			go func() { errs <- serveTCP(a.at(port), a.services()[name]) }()
 		}
 		go func() { errs <- a.serveUDP(a.at("9001")) }()
 		go func() { errs <- serveBlast(a.at("9004")) }()
+		go func() { errs <- a.serveGRPC(a.at("9005")) }()
+		go func() { errs <- a.serveTLS(a.at("8443")) }()
 	}
 	for _, addr := range a.http {
 		go func() { errs <- a.serveHTTP(addr) }()
 	}
-	log.Printf("testapp %s: http %v, on %q: echo 9000/tcp 9001/udp, sink 9002, source 9003, blasts 9004/udp", a.name, a.http, a.on)
+	log.Printf("testapp %s: http %v, on %q: echo 9000/tcp 9001/udp, sink 9002, source 9003, blasts 9004/udp, gRPC 9005, greeting 9006, TLS 8443", a.name, a.http, a.on)
 	return <-errs
 }
 
@@ -67,10 +72,20 @@ func (a *app) serveHTTP(addr string) error {
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
+	return a.serveHTTPAt(l)
+}
+
+// serveHTTPAt serves HTTP/1.1, HTTP/2 of clients that know of it and of such that
+// ask for it with an Upgrade, and gRPC.
+func (a *app) serveHTTPAt(l net.Listener) error {
 	if a.proxied {
 		l = proxyListener{l}
 	}
-	return http.Serve(l, a.handler())
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	s := &http.Server{Handler: h2c.NewHandler(a.handler(), &http2.Server{}), Protocols: &protocols, ConnContext: withRecord}
+	return s.Serve(recordListener{l})
 }
 
 // services are what a TCP connection or an upgraded HTTP one can be used for.
@@ -79,6 +94,7 @@ func (a *app) services() map[string]func(net.Conn) {
 		"echo":   a.echo,
 		"sink":   func(c net.Conn) { io.Copy(io.Discard, c) },
 		"source": pour,
+		"greet":  a.greet,
 	}
 }
 
@@ -132,6 +148,7 @@ func (a *app) handler() http.Handler {
 		time.Sleep(d)
 		io.WriteString(w, "ok\n")
 	})
+	a.protocols(mux)
 	for name, f := range a.services() {
 		mux.HandleFunc("GET /stream/"+name, func(w http.ResponseWriter, r *http.Request) { upgrade(w, f) })
 	}
@@ -142,7 +159,12 @@ func (a *app) handler() http.Handler {
 			"method": r.Method, "host": r.Host, "path": r.URL.Path, "headers": r.Header,
 		})
 	})
+	calls := a.grpcServer()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if isGRPC(r) {
+			calls.ServeHTTP(w, r)
+			return
+		}
 		w.Header().Set(servedBy, a.name)
 		mux.ServeHTTP(w, r)
 	})

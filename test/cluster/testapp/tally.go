@@ -70,8 +70,11 @@ type server struct {
 	Last  int64 `json:"last_unix_ms"`
 	// Gap is the longest time between two of its answers.
 	Gap float64 `json:"gap_ms"`
+	P50 float64 `json:"p50_ms"`
+	P99 float64 `json:"p99_ms"`
 
 	last time.Time
+	took []time.Duration
 }
 
 // mostFailures are kept in full; the others are counted.
@@ -107,6 +110,7 @@ func (t *tally) add(o outcome) {
 		t.Servers[o.server] = s
 	}
 	s.Count++
+	s.took = append(s.took, o.ended.Sub(o.begun))
 	s.Last = o.ended.UnixMilli()
 	s.Gap = max(s.Gap, ms(o.ended.Sub(s.last)))
 	s.last = o.ended
@@ -136,6 +140,10 @@ func (t *tally) finish(asked, end time.Time, dialled int64) {
 	for _, all := range t.Answers {
 		slices.Sort(all)
 	}
+	for _, s := range t.Servers {
+		slices.Sort(s.took)
+		s.P50, s.P99 = ms(s.took[len(s.took)/2]), ms(s.took[len(s.took)*99/100])
+	}
 	if n := len(t.took); n > 0 {
 		slices.Sort(t.took)
 		t.P50, t.P99, t.Max = ms(t.took[n/2]), ms(t.took[n*99/100]), ms(t.took[n-1])
@@ -147,7 +155,7 @@ func (t *tally) String() string {
 	fmt.Fprintf(&b, "load: %d answers, %.1f/s, %d failed, p50 %.1f ms p99 %.1f ms max %.1f ms, longest gap %.0f ms",
 		t.Count, t.PerS, t.Failed, t.P50, t.P99, t.Max, t.Gap)
 	for name, s := range t.Servers {
-		fmt.Fprintf(&b, "\n  %s: %d", name, s.Count)
+		fmt.Fprintf(&b, "\n  %s: %d, p50 %.1f ms p99 %.1f ms", name, s.Count, s.P50, s.P99)
 	}
 	for kind, n := range t.Kinds {
 		fmt.Fprintf(&b, "\n  failed, %s: %d", kind, n)
@@ -175,6 +183,10 @@ func kindOf(err error) string {
 		return "reset"
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
 		return "unreachable"
+	case strings.Contains(err.Error(), "GOAWAY"):
+		return "goaway"
+	case strings.Contains(err.Error(), "stream error"), strings.Contains(err.Error(), "stream ID"):
+		return "stream reset"
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), strings.Contains(err.Error(), "server closed"):
 		return "closed"
 	}

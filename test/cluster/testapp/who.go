@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -14,9 +15,9 @@ import (
 const question = "who?"
 
 // who asks an echo server, or by HTTP, for its name and for the caller's address
-// as it sees it.
+// as it sees it; one that greets is not asked.
 func who(args []string) error {
-	network, err := word(args, 0, "network, tcp, udp or http,")
+	network, err := word(args, 0, "network, tcp, udp, http or greet,")
 	if err != nil {
 		return err
 	}
@@ -25,9 +26,12 @@ func who(args []string) error {
 		return err
 	}
 	var name string
-	if network == "http" {
+	switch network {
+	case "http":
 		name, err = whoHTTP(addr)
-	} else {
+	case "greet":
+		name, err = whoGreets(addr)
+	default:
 		name, err = whoEcho(network, addr)
 	}
 	if err != nil {
@@ -67,6 +71,37 @@ func whoHTTP(addr string) (string, error) {
 		err = fmt.Errorf("answer %s: %s", r.Status, b)
 	}
 	return string(b), err
+}
+
+// whoGreets waits for a server that speaks first, and sends nothing before.
+func whoGreets(addr string) (string, error) {
+	c, err := net.DialTimeout("tcp", addr, whoTimeout)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(whoTimeout))
+	var head [4]byte
+	if _, err := io.ReadFull(c, head[:]); err != nil {
+		return "", fmt.Errorf("wait for its greeting: %w", err)
+	}
+	hello := make([]byte, int(head[0])|int(head[1])<<8)
+	if _, err := io.ReadFull(c, hello); err != nil {
+		return "", fmt.Errorf("read its greeting: %w", err)
+	}
+	name, _, ok := bytes.Cut(hello[min(1, len(hello)):], []byte{0})
+	if !ok || hello[0] != 10 {
+		return "", fmt.Errorf("no greeting: %q", hello)
+	}
+	// It is a whole connection: what is sent comes back.
+	if _, err := io.WriteString(c, question); err != nil {
+		return "", err
+	}
+	back := make([]byte, len(question))
+	if _, err := io.ReadFull(c, back); err != nil || string(back) != question {
+		return "", fmt.Errorf("after its greeting came %q: %w", back, err)
+	}
+	return string(name), nil
 }
 
 // iAm answers the question.
