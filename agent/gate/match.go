@@ -100,6 +100,9 @@ func newTable(members []*member, closed bool) *table {
 				by = len(m.tests) - 1
 			}
 		}
+		if m.Draining { // known for its counters alone
+			continue
+		}
 		if by < 0 {
 			t.rest = append(t.rest, m)
 			continue
@@ -167,9 +170,9 @@ func (t *table) find(f fields) *member {
 	return best
 }
 
-// has tells whether a machine is a member's.
+// has tells whether a machine is a member's who does not drain.
 func (t *table) has(k machineKey) bool {
-	return slices.ContainsFunc(t.members, func(m *member) bool { return m.key() == k })
+	return slices.ContainsFunc(t.members, func(m *member) bool { return m.key() == k && !m.Draining })
 }
 
 func (m *member) before(other *member) bool {

@@ -141,3 +141,17 @@ func TestFindOf250(t *testing.T) {
 		}
 	}
 }
+
+// TestDrainingMember: nothing new goes to it, and its counters stay.
+func TestDrainingMember(t *testing.T) {
+	m := tableOf(t, []string{"header:VERSION=alice"}).members[0]
+	m.Draining = true
+	tb := newTable([]*member{m}, false)
+	r := asked{&http.Request{Header: http.Header{"Version": {"alice"}}}, "/"}
+	if got := tb.find(r); got != nil {
+		t.Errorf("a request goes to %v", got)
+	}
+	if len(tb.members) != 1 || tb.has(m.key()) {
+		t.Errorf("it is forgotten, or still served: %v, %v", tb.members, tb.has(m.key()))
+	}
+}
