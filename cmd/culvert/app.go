@@ -134,7 +134,7 @@ culvert doctor`),
 	complete(root, "output", fixedCompletion("text", "json"))
 
 	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.statusCommand(), a.pingCommand(), a.peerCommand(),
-		a.exchangeCommand(), a.previewCommand(), a.exposeCommand(), a.leaveCommand(), a.listCommand(), a.recoverCommand(), a.cleanCommand(),
+		a.exchangeCommand(), a.meshCommand(), a.previewCommand(), a.exposeCommand(), a.leaveCommand(), a.listCommand(), a.recoverCommand(), a.cleanCommand(),
 		a.logsCommand(), a.doctorCommand(), a.versionCommand(), a.sessionCommand(), a.loginCommand())
 	root.AddCommand(a.envCommand(), a.runCommand(), a.forwardCommand())
 	return root

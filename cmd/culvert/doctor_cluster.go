@@ -123,7 +123,7 @@ func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
 // interceptRights tells whether exchange and preview would work: connect does
 // without.
 func (e *examination) interceptRights(ctx context.Context, c *cluster.Cluster) {
-	checks, err := c.InterceptRights(ctx, c.Namespace(), intercept.Exchange, intercept.Preview)
+	checks, err := c.InterceptRights(ctx, c.Namespace(), intercept.Exchange, intercept.Preview) // mesh needs what exchange does
 	if err != nil {
 		e.addError("intercepts", warn, err)
 		return

@@ -104,6 +104,11 @@ func (f *interceptFlags) check(ctx context.Context, o api.Options) error {
 	if f.req.Mode == api.ModeScale {
 		spec.Kind = intercept.Scale
 	}
+	if f.req.Kind == api.KindMesh {
+		if spec.Match, err = cluster.ParseMatch(f.req.Match); err != nil {
+			return err
+		}
+	}
 	_, err = c.PlanIntercept(ctx, spec)
 	var held *cluster.Held
 	if !errors.As(err, &held) {
@@ -207,7 +212,7 @@ func (a *app) quietWatcher() (show func(api.Event), end func(bool)) {
 
 // showIntercept tells what comes here now, and how it ends.
 func (a *app) showIntercept(i api.Intercept, d time.Duration) {
-	what := map[string]string{api.KindExchange: "Exchanged", api.KindPreview: "Previewing", api.KindExpose: "Exposed"}[i.Kind]
+	what := map[string]string{api.KindExchange: "Exchanged", api.KindMesh: "Meshed", api.KindPreview: "Previewing", api.KindExpose: "Exposed"}[i.Kind]
 	name := i.Service
 	if name == "" {
 		name = "ports of the agent's pod"
@@ -225,6 +230,9 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 	for _, at := range i.Addresses {
 		fmt.Fprintf(a.out, "  %s\n", at)
 	}
+	if i.Kind == api.KindMesh {
+		a.showMeshed(i)
+	}
 	if i.Kind == api.KindExchange {
 		if i.Mode == api.ModeScale {
 			fmt.Fprintln(a.out, "New and open connections come here; without this machine nobody serves them.")
@@ -235,10 +243,14 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 	for _, p := range i.Ports {
 		if !p.Listening {
 			fallback := "go to its own pods"
-			if i.Kind != api.KindExchange || i.Mode == api.ModeScale {
+			if i.Kind != api.KindExchange && i.Kind != api.KindMesh || i.Mode == api.ModeScale {
 				fallback = "are refused"
 			}
-			fmt.Fprintf(a.out, "warning: nothing listens at localhost:%d now; until something does, connections %s\n", p.Local, fallback)
+			what := "connections"
+			if i.Kind == api.KindMesh {
+				what = "those requests"
+			}
+			fmt.Fprintf(a.out, "warning: nothing listens at localhost:%d now; until something does, %s %s\n", p.Local, what, fallback)
 		}
 	}
 	for _, n := range i.Notes {

@@ -1,12 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"os/signal"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -82,16 +82,12 @@ func (a *app) listTable(all []cluster.ServiceState) {
 				state += " (" + s.State + ")"
 			}
 			since = s.Since.Local().Format("2006-01-02 15:04:05")
-			switch {
-			case s.Alive:
-				seen = "alive"
-			case s.LastSeen.IsZero():
-				seen = "never"
-			default:
-				seen = took(time.Since(s.LastSeen)) + " ago"
-			}
+			seen = seenText(s.Alive, s.LastSeen)
 		}
 		t.row(s.Name, state, s.User, since, seen, strings.Join(s.Ports, ", "))
+		for _, m := range s.Members {
+			t.row("", "  "+strings.Join(m.Match, " and "), cmp.Or(m.User, m.Session), m.Since.Local().Format("2006-01-02 15:04:05"), seenText(m.Alive, m.LastSeen), strings.Join(m.Ports, ", "))
+		}
 	}
 	t.flush()
 }

@@ -17,14 +17,20 @@ import (
 
 func (a *app) logsCommand() *cobra.Command {
 	var follow bool
+	var router string
 	cmd := &cobra.Command{
 		Use:   "logs [CONTEXT]",
 		Short: "Show what a session has logged",
 		Long: `Logs shows the log of your session, or of the last one that ended. Connect with
---debug for more in it. The daemon's own log is in the journal (journalctl -u culvertd).`,
+--debug for more in it. The daemon's own log is in the journal (journalctl -u culvertd).
+
+With --router it is the requests of a meshed Service that its gates remember: the last
+few hundred with a mark, and while somebody looks (-f) all others, too. Of a request
+they know its first line, who asked, who answered, and how long it took.`,
 		Example: examples(a.name, `
 culvert logs
-culvert logs -f staging`),
+culvert logs -f staging
+culvert logs --router shop -f`),
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completeSessions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -32,10 +38,17 @@ culvert logs -f staging`),
 			if len(args) == 1 {
 				name = args[0]
 			}
+			if router != "" {
+				if len(args) == 1 {
+					return usageErrorf("--context names the cluster", "--router and %q exclude each other", args[0])
+				}
+				return a.followRouter(cmd.Context(), router, follow)
+			}
 			return a.logs(cmd.Context(), name, follow)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes")
+	cmd.Flags().StringVar(&router, "router", "", "show the requests of this meshed `SERVICE` instead")
 	return cmd
 }
 
