@@ -59,7 +59,7 @@ func (d developer) command(ctx context.Context, args ...string) *exec.Cmd {
 	if !slices.Contains(args[:cut], "-n") {
 		more = append(more, "-n", "shop")
 	}
-	if slices.Contains([]string{"connect", "exchange", "preview", "expose"}, args[0]) {
+	if slices.Contains([]string{"connect", "exchange", "mesh", "preview", "expose"}, args[0]) {
 		more = append(more, "--image", image)
 	}
 	return d.Command(ctx, d.user, filepath.Join(d.Dir, "bin/culvert"), slices.Concat(args[:cut], more, args[cut:])...)
