@@ -54,6 +54,9 @@ func (h *http1) exchange(r *request) (keep bool, err error) {
 			return false, r.sent
 		}
 	}
+	if u.spent {
+		h.forget(u)
+	}
 	return keep, err
 }
 
@@ -330,9 +333,7 @@ func (h *http1) pass2(r *request, resp *head) (keep bool, err error) {
 		}
 	}
 	if !upKeeps || len(u.buffered()) > 0 || h.halfClosed() {
-		if r.sending == nil {
-			h.forget(u)
-		}
+		u.spent = true
 	} else {
 		u.used = time.Now()
 		h.setBusy(u.held, false)

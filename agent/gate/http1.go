@@ -43,6 +43,7 @@ type upstream struct {
 	held     *backend
 	used     time.Time // when its last response had ended
 	reused   bool      // it was there before the request under way
+	spent    bool      // nothing more may be sent by it
 	up, down *pump     // of large bodies, made when needed
 }
 

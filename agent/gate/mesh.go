@@ -38,6 +38,7 @@ type meshConn struct {
 	shut     bool       // ended from outside
 	gone     bool       // the client's FIN was passed on
 	told     bool       // left is closed
+	looked   time.Time  // when sweep looked at its ends last
 	last     *backend   // which was busy last
 	backends []*backend // of HTTP/1 also those that are kept
 }
@@ -292,7 +293,8 @@ func (c *meshConn) follow(sp *spec) {
 	}
 }
 
-// lookAfter is how long a connection does nothing before sweep looks at its ends.
+// lookAfter is how long a connection does nothing before sweep looks at its ends, and
+// between two looks, each of which is a system call or two.
 const lookAfter = time.Second
 
 // sweep looks at what only happens while nothing else does: idle connections of
@@ -326,7 +328,8 @@ func (c *meshConn) sweep(now time.Time) {
 			return
 		}
 	}
-	if quiet >= lookAfter && !c.http2.Load() {
+	if quiet >= lookAfter && now.Sub(c.looked) >= lookAfter && !c.http2.Load() {
+		c.looked = now
 		c.lookLocked()
 	}
 }
