@@ -352,7 +352,7 @@ func (h *http1) halfClosed() bool {
 // without a copy where nothing changes.
 func (h *http1) writeResponse(r *request, resp *head, first int, keep bool) error {
 	whole := r.up.buffered()[:len(resp.b)+first]
-	if r.atOrigin && (keep || !resp.persists()) {
+	if (r.atOrigin || !r.m.TagResponses && !resp.close) && (keep || !resp.persists()) {
 		return h.in.write(whole)
 	}
 	out := outBuffers.Get().(*[]byte)
