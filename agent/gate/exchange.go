@@ -158,10 +158,10 @@ func (h *http1) pass(p *pump, b *body, stop interface{ Load() bool }, count func
 	case err == nil && b.kind == bodyUntilClose:
 		b.done = true
 		return nil
-	case err == nil || err == errBodyEnd:
+	case err == nil:
 		return errTruncated
 	}
-	return err
+	return err // errBodyEnd: it was stopped
 }
 
 // stopSending ends sendRest, and with it the connection; false: it had ended already.

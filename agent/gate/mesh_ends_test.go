@@ -63,6 +63,21 @@ func TestMeshBadBody(t *testing.T) {
 	}
 }
 
+// TestMeshServerGone: a server that ends while a body still comes is an error that the
+// client can read.
+func TestMeshServerGone(t *testing.T) {
+	t.Parallel()
+	origin := serve(t, func(c *net.TCPConn) {
+		c.Read(make([]byte, 1000))
+		c.Close()
+	})
+	_, route := meshOf(t, origin, intercept.HTTPSniff, httpAgent(t, named("machine")), nil)
+	_, br := sendRaw(t, route.Listen, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello")
+	if resp, _ := readResponse(t, br, "POST"); resp.StatusCode != http.StatusBadGateway || !resp.Close {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}
+
 // TestMeshMachineCloses: the machine's connection is not the client's, and the origin's
 // is.
 func TestMeshMachineCloses(t *testing.T) {
