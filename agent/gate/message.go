@@ -25,6 +25,7 @@ type head struct {
 	target span
 
 	length     int64 // Content-Length, -1 without one
+	lengthAt   span
 	chunked    bool
 	ambiguous  bool // of a response: both
 	close      bool // Connection: close
@@ -312,7 +313,7 @@ func (h *head) understand(i int, upgrade *bool) error {
 		h.expect = h.expect || equalFold(name, "expect") && equalFold(h.of(f.value), "100-continue")
 	case len("content-length"):
 		if equalFold(name, "content-length") {
-			return h.contentLength(h.of(f.value))
+			return h.contentLength(f.value)
 		}
 	case len("transfer-encoding"):
 		switch {
@@ -336,7 +337,8 @@ func (h *head) understand(i int, upgrade *bool) error {
 	return nil
 }
 
-func (h *head) contentLength(v []byte) error {
+func (h *head) contentLength(at span) error {
+	v := h.of(at)
 	if len(v) == 0 || len(v) > 18 {
 		return bad("the Content-Length is no number")
 	}
@@ -347,10 +349,12 @@ func (h *head) contentLength(v []byte) error {
 		}
 		n = n*10 + int64(x-'0')
 	}
-	if h.length >= 0 && h.length != n {
+	if h.length >= 0 && (h.length != n || !bytes.Equal(v, h.of(h.lengthAt))) { // 05 is not 5 to everybody
 		return bad("there are two Content-Lengths")
 	}
-	h.length = n
+	if h.length < 0 {
+		h.length, h.lengthAt = n, at
+	}
 	return nil
 }
 

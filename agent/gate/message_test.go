@@ -34,6 +34,7 @@ func TestRefusedRequests(t *testing.T) {
 		"both lengths":           {"POST / HTTP/1.1\r\n" + host + "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400},
 		"both, the other way":    {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 400},
 		"two lengths":            {"POST / HTTP/1.1\r\n" + host + "Content-Length: 3\r\nContent-Length: 4\r\n\r\n", 400},
+		"two ways to write one":  {"POST / HTTP/1.1\r\n" + host + "Content-Length: 5\r\nContent-Length: 05\r\n\r\n", 400},
 		"a list of lengths":      {"POST / HTTP/1.1\r\n" + host + "Content-Length: 3, 3\r\n\r\n", 400},
 		"a signed length":        {"POST / HTTP/1.1\r\n" + host + "Content-Length: +3\r\n\r\n", 400},
 		"a huge length":          {"POST / HTTP/1.1\r\n" + host + "Content-Length: 99999999999999999999\r\n\r\n", 400},
