@@ -21,7 +21,8 @@ const (
 
 // States of a chunked body: what comes next.
 const (
-	chunkSize = iota
+	chunkSize  = iota
+	chunkSpace // before extensions
 	chunkExtension
 	chunkSizeLF
 	chunkData
@@ -114,9 +115,23 @@ func (b *body) step(x byte) error {
 		switch x {
 		case '\r':
 			b.state = chunkSizeLF
-		case ';', ' ', '\t':
+		case ';':
 			b.state = chunkExtension
+		case ' ', '\t':
+			b.state = chunkSpace
 		default:
+			return bad("a chunk's size is no number")
+		}
+	case chunkSpace:
+		if b.line++; b.line > maxExtensions {
+			return bad("a chunk's extensions are too long")
+		}
+		switch {
+		case x == '\r':
+			b.state = chunkSizeLF
+		case x == ';':
+			b.state = chunkExtension
+		case !isSpace(x):
 			return bad("a chunk's size is no number")
 		}
 	case chunkExtension:

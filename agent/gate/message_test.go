@@ -67,6 +67,7 @@ func TestRefusedRequests(t *testing.T) {
 		"CONNECT":                {"CONNECT x:1 HTTP/1.1\r\n" + host + "\r\n", 405},
 		"chunk: no size":         {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n\r\n", 400},
 		"chunk: 0x3":             {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n", 400},
+		"chunk: 0 0":             {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0 0\r\n\r\n", 400},
 		"chunk: -1":              {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400},
 		"chunk: huge":            {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n", 400},
 		"chunk: LF":              {"POST / HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n", 400},
