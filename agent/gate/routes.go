@@ -285,7 +285,7 @@ func (r *route) stopAccepting() {
 func (g *Gate) status() intercept.GateStatus {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	s := intercept.GateStatus{Generation: g.state.Generation, Failed: g.failuresLocked(), Routes: []intercept.RouteStatus{}}
+	s := intercept.GateStatus{Generation: g.state.Generation, Failed: g.failuresLocked(), Skipped: slices.Clone(g.skipped), Routes: []intercept.RouteStatus{}}
 	for _, at := range slices.SortedFunc(maps.Keys(g.routes), comparePlaces) {
 		r := g.routes[at]
 		sp := r.spec.Load()
@@ -317,7 +317,7 @@ func (g *Gate) failuresLocked() []string {
 	for _, at := range slices.SortedFunc(maps.Keys(g.failed), comparePlaces) {
 		all = append(all, at.String()+": "+g.failed[at])
 	}
-	return append(all, g.skipped...)
+	return all
 }
 
 // reasonOf is why it could not be listened, in a few words.

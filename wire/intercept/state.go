@@ -139,6 +139,7 @@ const GatePort = 7541
 type GateStatus struct {
 	Generation int64         `json:"generation"` // of the State in force
 	Failed     []string      `json:"failed,omitempty"`
+	Skipped    []string      `json:"skipped,omitempty"` // members of meshes that cannot be served, and why
 	Routes     []RouteStatus `json:"routes"`
 }
 
