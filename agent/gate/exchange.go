@@ -89,16 +89,16 @@ func (h *http1) appendRequest(out []byte, r *request) []byte {
 				out = append(out, ", "...)
 			}
 			if i == r.forwarded {
-				out = append(out, h.forwarded...)
+				out = append(out, h.forwarded.element...)
 			} else {
-				out = append(out, h.address...)
+				out = append(out, h.forwarded.address...)
 			}
 		}
 	}
 	out = append(out, r.b[at:len(r.b)-len("\r\n")]...)
 	if r.forwardedFor < 0 {
 		out = append(out, "X-Forwarded-For: "...)
-		out = append(out, h.address...)
+		out = append(out, h.forwarded.address...)
 		out = append(out, "\r\n"...)
 	}
 	if r.forwardedProto < 0 {

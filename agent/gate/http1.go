@@ -33,8 +33,7 @@ type http1 struct {
 	in  *stream
 	ups []*upstream
 
-	address   string // of the client, for X-Forwarded-For
-	forwarded string // an element of Forwarded
+	forwarded forwarding
 }
 
 // upstream is a connection to the origin or a machine that may be kept.
@@ -71,11 +70,7 @@ func (c *meshConn) serveHTTP1(origin *net.TCPConn) error {
 		return err
 	}
 	defer in.release()
-	h := &http1{meshConn: c, in: in, address: c.from.Addr().String()}
-	h.forwarded = "for=" + h.address + ";proto=http"
-	if c.from.Addr().Is6() {
-		h.forwarded = `for="[` + h.address + `]";proto=http`
-	}
+	h := &http1{meshConn: c, in: in, forwarded: forwardingOf(c.from)}
 	defer func() {
 		for _, u := range h.ups {
 			u.release()

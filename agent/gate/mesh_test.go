@@ -45,7 +45,7 @@ func meshRoute(t testing.TB, origin, how string) intercept.Route {
 func httpAgent(t *testing.T, h http.Handler) *fakeAgent {
 	t.Helper()
 	l := newHandedListener()
-	s := &http.Server{Handler: h}
+	s := &http.Server{Handler: h, Protocols: bothProtocols()}
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close(); l.Close() })
 	return startAgent(t, func(_ intercept.Header, c *net.TCPConn) { l.conns <- c })
@@ -57,10 +57,18 @@ func httpOrigin(t *testing.T, h http.Handler) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &http.Server{Handler: h}
+	s := &http.Server{Handler: h, Protocols: bothProtocols()}
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
 	return l.Addr().String()
+}
+
+// bothProtocols are HTTP/1 and HTTP/2 by prior knowledge.
+func bothProtocols() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	p.SetUnencryptedHTTP2(true)
+	return p
 }
 
 // named answers with its name, the method, and the body.
