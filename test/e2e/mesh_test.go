@@ -214,6 +214,62 @@ func TestMeshKilled(t *testing.T) {
 	meshed(t, at, "cart-*", 2*time.Second, "VERSION:alice")
 }
 
+// TestMeshMemberKilled: the process of one who leaves is killed at each step of that,
+// and nobody else in the mesh notices.
+func TestMeshMemberKilled(t *testing.T) {
+	unchangedShop(t)
+	alice, bob := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	bob.serve(t, "127.0.0.1")
+	bob.connect(t)
+	at := cartPort(t, 80)
+	bob.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
+	meshed(t, at, "bob", 3*time.Second, "VERSION:bob")
+	load := startLoad(t, "node1", "http://"+at+"/who", 5*time.Minute, "--header", "VERSION:bob", "--keepalive=false")
+	before := listNamespace(t, "shop")
+	for _, step := range []string{"entry", "push", "active", "drain", "entry-removed", "policy-deleted"} {
+		one := &walk{developer: alice, service: "cart", address: at, mesh: true}
+		if step == "active" { // a session that outlives the command
+			if r := one.at("kill", step, "expose", "8080"); r.Code != 0 {
+				t.Fatalf("expose: %v", r)
+			}
+		}
+		if err := one.prepare("kill", step); err != nil {
+			t.Fatal(err)
+		}
+		r := <-one.last("kill", step)
+		if step == "active" {
+			meshed(t, at, "alice", 15*time.Second, "VERSION:walk")
+		}
+		eventually(t, 20*time.Second, func() error {
+			if r := alice.Culvert(alice.user, "disconnect"); r.Code != 0 {
+				return fmt.Errorf("disconnect: %v", r)
+			}
+			return one.nobodyHere()
+		})
+		sameLines(t, withoutTimes(before), 20*time.Second, func() []string { return withoutTimes(listNamespace(t, "shop")) })
+		meshed(t, at, "bob", time.Second, "VERSION:bob")
+		t.Logf("killed at %s: %s", step, strings.TrimSpace(r.Stderr))
+	}
+	got := load.stop(t)
+	got.none(t)
+	if first, ok := got.at("cart-*", time.UnixMilli(got.Begun)); ok {
+		t.Errorf("the origin answered what is Bob's at %v", first)
+	}
+}
+
+// withoutTimes leaves out what changes while a mesh goes on: its state's generation,
+// and the times of heartbeats.
+func withoutTimes(lines []string) (same []string) {
+	for _, l := range lines {
+		if strings.HasPrefix(l, "ConfigMap/culvert-gate data generation") || strings.HasPrefix(l, "Lease/") && strings.Contains(l, " spec renewTime ") {
+			continue
+		}
+		same = append(same, l)
+	}
+	return same
+}
+
 // TestMeshUnderLoad: developers come and go, the first and the last among them, and
 // no request fails, whosoever it is.
 func TestMeshUnderLoad(t *testing.T) {

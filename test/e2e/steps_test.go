@@ -45,6 +45,15 @@ type walk struct {
 	developer
 	service string
 	address string // of its port 80
+	mesh    bool   // else an exchange
+}
+
+// command starts the walk's intercept.
+func (o *walk) command() []string {
+	if o.mesh {
+		return []string{"mesh", o.service, "--expose", "8080:80", "--version-mark", "walk"}
+	}
+	return exchangeOn(o.service)
 }
 
 func TestSteps(t *testing.T) {
@@ -57,11 +66,7 @@ func TestSteps(t *testing.T) {
 		reverted:  walk{developer: developer{lab, netlab.Bob}, service: "rack"},
 		restarted: walk{developer: next, service: "desk"},
 	}
-	w.ownerChanges(t)
-	t.Cleanup(func() { kubectl(t, "-n", "shop", "delete", "services", "till", "rack", "desk") })
-	for _, one := range w.all() {
-		one.address = clusterIP(t, one.service) + ":80"
-	}
+	w.open(t)
 	// While somebody else intercepts in the namespace the gates are there already, and
 	// stay.
 	colleague := developer{next.Machine, netlab.Alice}
@@ -78,6 +83,34 @@ func TestSteps(t *testing.T) {
 	w.before = w.list(t)
 	for _, step := range firstAndLast {
 		t.Run(step, func(t *testing.T) { w.step(t, step) })
+	}
+}
+
+// TestMeshSteps is the same for a mesh of one: what differs from an exchange.
+func TestMeshSteps(t *testing.T) {
+	unchangedShop(t)
+	alice, next := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	next.serve(t, "127.0.0.1")
+	w := &walker{
+		recovered: walk{developer: alice, service: "till", mesh: true},
+		reverted:  walk{developer: developer{lab, netlab.Bob}, service: "rack", mesh: true},
+		restarted: walk{developer: next, service: "desk", mesh: true},
+	}
+	w.open(t)
+	w.before = w.list(t)
+	for _, step := range []string{"entry", "switch", "active", "restore", "entry-removed"} {
+		t.Run(step, func(t *testing.T) { w.step(t, step) })
+	}
+}
+
+// open makes the Services.
+func (w *walker) open(t *testing.T) {
+	t.Helper()
+	w.ownerChanges(t)
+	t.Cleanup(func() { kubectl(t, "-n", "shop", "delete", "services", "till", "rack", "desk") })
+	for _, one := range w.all() {
+		one.address = clusterIP(t, one.service) + ":80"
 	}
 }
 
@@ -215,7 +248,7 @@ func (w *walker) tidy(t *testing.T) {
 // at runs a command whose session, if it begins one, does something to itself at a
 // step.
 func (o *walk) at(what, step string, args ...string) netlab.Result {
-	cmd := o.command(context.Background(), args...)
+	cmd := o.developer.command(context.Background(), args...)
 	cmd.Env = append(cmd.Env, "CULVERT_TEST_AT="+what+":"+step)
 	return netlab.Run(cmd)
 }
@@ -225,7 +258,7 @@ func (o *walk) prepare(what, step string) error {
 	if !slices.Contains(stopSteps, step) {
 		return nil
 	}
-	if r := o.at(what, step, exchangeOn(o.service)...); r.Code != 0 {
+	if r := o.at(what, step, o.command()...); r.Code != 0 {
 		return fmt.Errorf("%s, exchange: %v", o.service, r)
 	}
 	return insideOf(5*time.Second, o.answers) // three change at once, and nodes take a second
@@ -233,7 +266,7 @@ func (o *walk) prepare(what, step string) error {
 
 // last is that command. It ends when its session or daemon does.
 func (o *walk) last(what, step string) chan netlab.Result {
-	args := exchangeOn(o.service)
+	args := o.command()
 	if slices.Contains(stopSteps, step) {
 		args = []string{"leave", o.service}
 	}
@@ -245,6 +278,9 @@ func (o *walk) last(what, step string) chan netlab.Result {
 // answers: the machine does.
 func (o *walk) answers() error {
 	name, _, err := whoAnswers(clients[0], "http", o.address)
+	if o.mesh {
+		name, _, err = marked(clients[0], o.address, "VERSION:walk")
+	}
 	if err == nil && serves(name, "cart-*") {
 		err = fmt.Errorf("%s is answered by %s", o.service, name)
 	}
