@@ -316,4 +316,3 @@ func TestMeshUnderLoad(t *testing.T) {
 		}
 	}
 }
-
