@@ -4,9 +4,13 @@ package cluster
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -302,4 +306,99 @@ func TestGatesAreToldOnServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("anew after %v", time.Since(begun))
+}
+
+// TestMeshCrowdOnServer: twenty developers join one mesh at once, and leave it at once
+// while others come: nobody's route is lost, and the last one leaves nothing.
+func TestMeshCrowdOnServer(t *testing.T) {
+	ns, ctx := gatesNamespace(), within(t, 2*time.Minute)
+	plan := &ServicePlan{Namespace: ns, Name: "crowded", Ports: []PlanPort{{Port: 80, Protocol: corev1.ProtocolTCP, Local: 8080}}}
+	member := func(session string) *Intercept {
+		c := as(t, "developer", ns)
+		mark, err := intercept.ParseCondition("header:VERSION=" + session)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &Intercept{c: c, Key: plan.Name, Gate: intercept.GateName, ID: session, Token: session, head: &exchangeHead{c: c, plan: plan}, spec: InterceptSpec{
+			Kind: intercept.Mesh, Namespace: ns, Match: []intercept.Condition{mark}, Holder: intercept.Holder{Session: session},
+			Agent: &Agent{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}},
+		}}
+	}
+	join := func(i *Intercept) error {
+		_, err := i.c.ChangeGateState(ctx, ns, i.join)
+		return err
+	}
+	members := func(want int) {
+		t.Helper()
+		state, err := as(t, "developer", ns).GateState(ctx, ns)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := state.Entries[plan.Name]
+		seen := map[string]bool{}
+		for _, m := range e.Members {
+			seen[m.Holder.Session] = true
+			if len(m.Ports) != 1 || m.Ports[0].Machine.Token != m.Holder.Session {
+				t.Errorf("member %+v", m)
+			}
+		}
+		if len(seen) != want || len(e.Members) != want || want > 0 && len(e.Routes) != 1 {
+			t.Errorf("%d members, %d of them different, want %d; routes %+v", len(e.Members), len(seen), want, e.Routes)
+		}
+	}
+	t.Cleanup(func() {
+		if err := as(t, "developer", ns).Undo(context.Background(), UndoSpec{Namespace: ns, Key: plan.Name, Dead: true}); err != nil {
+			t.Error(err)
+		}
+	})
+	var first, second []*Intercept
+	for n := range 20 {
+		first = append(first, member(fmt.Sprint("first", n)))
+		second = append(second, member(fmt.Sprint("second", n)))
+	}
+	both := func(do ...func()) {
+		var all sync.WaitGroup
+		for _, f := range do {
+			all.Go(f)
+		}
+		all.Wait()
+	}
+	joins := func(all []*Intercept) (do []func()) {
+		for _, i := range all {
+			do = append(do, func() {
+				if err := join(i); err != nil {
+					t.Errorf("%s joins: %v", i.ID, err)
+				}
+			})
+		}
+		return do
+	}
+	leaves := func(all []*Intercept) (do []func()) {
+		for _, i := range all {
+			do = append(do, func() {
+				if err := i.c.Undo(ctx, UndoSpec{Namespace: ns, Key: plan.Name, Session: i.ID, Dead: true}); err != nil {
+					t.Errorf("%s leaves: %v", i.ID, err)
+				}
+			})
+		}
+		return do
+	}
+	both(joins(first)...)
+	members(20)
+	if err := join(member("first7again")); err != nil {
+		t.Fatal(err)
+	}
+	taken := member("other")
+	taken.spec.Match = first[3].spec.Match
+	var held *Held
+	if err := join(taken); !errors.As(err, &held) || held.Holder.Session != "first3" {
+		t.Errorf("the conditions of another: %v", err)
+	}
+	both(append(leaves(first), joins(second)...)...)
+	members(21)
+	both(append(leaves(second), leaves([]*Intercept{member("first7again")})...)...)
+	state, err := as(t, "developer", ns).GateState(ctx, ns)
+	if err != nil || len(state.Entries) != 0 {
+		t.Errorf("left: %+v, %v", state, err)
+	}
 }

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -226,7 +227,13 @@ func TestMeshMemberKilled(t *testing.T) {
 	bob.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
 	meshed(t, at, "bob", 3*time.Second, "VERSION:bob")
 	load := startLoad(t, "node1", "http://"+at+"/who", 5*time.Minute, "--header", "VERSION:bob", "--keepalive=false")
-	before := listNamespace(t, "shop")
+	var before []string
+	eventually(t, 30*time.Second, func() error { // gates stop going by the pods' own addresses
+		if before = listNamespace(t, "shop"); strings.Contains(strings.Join(before, "\n"), "backends") {
+			return errors.New("the mesh has not settled")
+		}
+		return nil
+	})
 	for _, step := range []string{"entry", "push", "active", "drain", "entry-removed", "policy-deleted"} {
 		one := &walk{developer: alice, service: "cart", address: at, mesh: true}
 		if step == "active" { // a session that outlives the command
