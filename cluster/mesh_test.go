@@ -87,3 +87,30 @@ func TestMember(t *testing.T) {
 		t.Error("it owns another mesh")
 	}
 }
+
+// TestMemberPolicies: the way to an agent is its member's own, and goes with him; what
+// is the Service's is the mesh's.
+func TestMemberPolicies(t *testing.T) {
+	of := func(session string) *policyView {
+		return &policyView{namespace: "shop", agentNamespace: "home", spec: PolicySpec{Service: "web", Session: "mesh-1", Member: session, Gate: intercept.GateName,
+			AgentNamespace: "home", AgentLabels: map[string]string{LabelSession: session}}}
+	}
+	a, b := of("a"), of("b")
+	if a.intoAgent().Name == b.intoAgent().Name || a.outOfGates().Name == b.outOfGates().Name {
+		t.Errorf("two members share %s or %s", a.intoAgent().Name, a.outOfGates().Name)
+	}
+	if p := a.intoAgent(); p.Labels[LabelSession] != "a" || p.Namespace != "home" {
+		t.Errorf("the way to the agent: %s %v", p.Namespace, p.Labels)
+	}
+	if p := a.outOfGates(); p.Labels[LabelSession] != "a" {
+		t.Errorf("out of the gates: %v", p.Labels)
+	}
+	if p, q := a.intoGates(nil), b.intoGates(nil); p.Name != q.Name || p.Labels[LabelSession] != "mesh-1" {
+		t.Errorf("into the gates: %s, %s, %v", p.Name, q.Name, p.Labels)
+	}
+	exchange := of("")
+	exchange.spec.Member, exchange.spec.Session = "", "a"
+	if p := exchange.intoAgent(); p.Labels[LabelSession] != "a" || p.Name == a.intoAgent().Name {
+		t.Errorf("of an exchange: %s %v", p.Name, p.Labels)
+	}
+}

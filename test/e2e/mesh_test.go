@@ -323,3 +323,53 @@ func TestMeshUnderLoad(t *testing.T) {
 		}
 	}
 }
+
+// TestMeshConflict: somebody changes the Service of a mesh. One of its members puts it
+// right, and for all of them; so often as for an exchange, however many they are.
+func TestMeshConflict(t *testing.T) {
+	openShop(t)
+	nobodyLeft(t)
+	t.Cleanup(func() {
+		newCart(t)
+		nobodyLeft(t)
+	})
+	alice, bob := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	bob.serve(t, "127.0.0.1")
+	alice.connect(t)
+	bob.connect(t)
+	at := cartPort(t, 80)
+	force := func(manifest string) { t.Helper(); ownerApplies(t, manifest, "--force-conflicts") }
+	force(cartChanged("four"))
+	want := serviceLines(t)
+	ownerApplies(t, cartNarrow)
+	alice.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "alice")
+	bob.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
+	for _, round := range []string{"one", "two", "three"} {
+		force(cartChanged(round))
+		eventually(t, 5*time.Second, func() error {
+			if s := cartSelector(t); !strings.Contains(s, "culvert") || !strings.Contains(s, round) {
+				return fmt.Errorf("round %s: selector and label are %s", round, s)
+			}
+			return nil
+		})
+		meshed(t, at, "alice", 3*time.Second, "VERSION:alice")
+		meshed(t, at, "bob", 3*time.Second, "VERSION:bob")
+		time.Sleep(2500 * time.Millisecond) // until the other member has looked, too
+	}
+	force(cartChanged("four"))
+	eventually(t, 15*time.Second, func() error {
+		for _, d := range []developer{alice, bob} {
+			r := d.culvert("list", "-o", "json")
+			if strings.Contains(r.Stdout, `"mesh"`) || r.Code != 0 {
+				return fmt.Errorf("%v", r)
+			}
+		}
+		return nil
+	})
+	meshed(t, at, "cart-*", 3*time.Second, "VERSION:alice")
+	sameLines(t, want, 5*time.Second, func() []string { return serviceLines(t) })
+	alice.leave(t, "cart")
+	bob.leave(t, "cart")
+	sameLines(t, want, 5*time.Second, func() []string { return serviceLines(t) })
+}

@@ -58,6 +58,13 @@ func TestHeadless(t *testing.T) {
 		}
 		return err
 	})
+
+	alice.serve(t, "127.0.0.1")
+	alice.intercept(t, "mesh", "stock", "--expose", "8080:http", "--force", "--version-mark", "alice")
+	meshed(t, "stock.shop:8080", "alice", 15*time.Second, "VERSION:alice")
+	meshed(t, "stock.shop:8080", "stock-*", time.Second)
+	alice.leave(t, "stock")
+	meshed(t, "stock.shop:8080", "stock-*", 15*time.Second, "VERSION:alice")
 }
 
 // TestScale: the pods of a workload are replaced by the machine, and come back as
