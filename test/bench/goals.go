@@ -123,6 +123,15 @@ var aims = []aim{
 	{"requests that fail when an exchange ends and starts", "≤", 0, "", greatest(of(lossTable, "leave, and exchange again: failed", freshOnes), of(lossTable, "leave, and exchange again: failed", keptOnes))},
 	{"requests that fail when a gate or the agent is deleted", "≤", 0, "",
 		greatest(of(lossTable, "gate deleted: failed", freshOnes), of(lossTable, "gate deleted: failed", keptOnes), of(lossTable, "agent deleted: failed", freshOnes), of(lossTable, "agent deleted: failed", keptOnes))},
+	{"mesh: requests/s through the router, to nginx with the same rule", "≥", 0.8, "", ratio(of(meshTable, meshRateRow, meshRouter), of(meshTable, meshRateRow, meshNginx))},
+	{"mesh: p99 through the router, to nginx", "≤", 1, "", ratio(of(meshTable, meshRateRow+": p99", meshRouter), of(meshTable, meshRateRow+": p99", meshNginx))},
+	{"mesh: p50 that the router adds to one client's request", "≤", 0.3, "ms", func(r *report) (float64, bool) {
+		with, ok1 := of(meshTable, meshOneRow+": p50", meshRouter)(r)
+		without, ok2 := of(meshTable, meshOneRow+": p50", meshDirect)(r)
+		return with - without, ok1 && ok2
+	}},
+	{"mesh: requests/s of 250 developers' router, to one's", "≥", 0.9, "", ratio(of(meshTable, crowdedRow, meshRouter), of(meshTable, crowdedBefore, meshRouter))},
+	{"mesh: memory of a gate at 1,000 WebSockets", "≤", 60, "MB", of(meshTable, socketsRow, meshRouter)},
 }
 
 // judge measures the goals of the issue against a report.

@@ -50,6 +50,7 @@ var parts = []part{
 	{"matrix", true, (*bench).matrix},
 	{"reconnect", true, (*bench).reconnect},
 	{"intercept", true, (*bench).intercept},
+	{"mesh", true, (*bench).mesh},
 	{"memory", true, (*bench).memory},
 }
 
