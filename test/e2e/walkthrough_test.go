@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -80,16 +81,33 @@ spec: {selector: {app: tomcat}, ports: [{port: 8080, targetPort: 8080}]}
 	curl(t, "http://"+pod+":8080", "demo-v1")
 	culvert(t, "leave", "tomcat")
 	curl(t, "http://tomcat:8080", "demo-v1")
-	// 4 preview; mesh, the third, is not there yet
+	// 3 mesh; its second developer comes with kt-connect's flag
+	said := culvert(t, "mesh", "tomcat", "--expose", "8080").Stdout
+	mark := regexp.MustCompile(`VERSION: \w+`).FindString(said)
+	bob := bobNextDoor(t)
+	bob.serve(t, "127.0.0.1")
+	if r := bob.culvert("mesh", "tomcat", "-n", "demo", "--expose", "8080", "--versionMark", "ci"); r.Code != 0 {
+		t.Fatalf("mesh of the second: %v", r)
+	}
+	meshed(t, "tomcat.demo:8080", "alice", 3*time.Second, strings.Replace(mark, ": ", ":", 1))
+	meshed(t, "tomcat.demo:8080", "bob", 3*time.Second, "VERSION:ci")
+	curl(t, "http://tomcat:8080", "demo-v1")
+	curl(t, "-H '"+mark+"' http://tomcat:8080", "alice")
+	curl(t, "-H 'VERSION: ci' http://tomcat:8080", "bob")
+	culvert(t, "leave", "tomcat")
+	if r := bob.culvert("leave", "tomcat", "-n", "demo"); r.Code != 0 {
+		t.Errorf("leave of the second: %v", r)
+	}
+	curl(t, "-H 'VERSION: ci' http://tomcat:8080", "demo-v1")
+	// 4 preview
 	culvert(t, "preview", "tomcat-v2", "--expose", "8080")
 	curl(t, "http://tomcat-v2:8080", "alice")
 	served(t, "http", "tomcat-v2.demo:8080", "alice")
 	// 5 forward, by another developer
 	ctx, cancel := context.WithCancel(context.Background())
-	bob := bobNextDoor(t)
 	cmd := bob.command(ctx, "forward", "tomcat-v2", "6060:8080", "-n", "demo")
-	said := &output{}
-	cmd.Stdout, cmd.Stderr = said, said
+	printed := &output{}
+	cmd.Stdout, cmd.Stderr = printed, printed
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +118,7 @@ spec: {selector: {app: tomcat}, ports: [{port: 8080, targetPort: 8080}]}
 	eventually(t, 15*time.Second, func() error {
 		r := bob.Run(netlab.Bob, "curl", "-sS", "--max-time", "5", "http://localhost:6060/who")
 		if r.Code != 0 || !strings.HasPrefix(r.Stdout, "alice ") {
-			return fmt.Errorf("%v\n%s", r, said)
+			return fmt.Errorf("%v\n%s", r, printed)
 		}
 		return nil
 	})
