@@ -131,12 +131,11 @@ func (f fields2) path() string {
 	return path
 }
 
-func (f fields2) values(name string, each func(value string) bool) {
-	for _, v := range f.r.Header[textproto.CanonicalMIMEHeaderKey(name)] {
-		if !each(v) {
-			return
-		}
+func (f fields2) value(name string, i int) (value string, next int, ok bool) {
+	if all := f.r.Header[textproto.CanonicalMIMEHeaderKey(name)]; i < len(all) {
+		return all[i], i + 1, true
 	}
+	return "", i, false
 }
 
 // ServeHTTP serves one stream.

@@ -19,9 +19,10 @@ type fields interface {
 	method() string
 	// path is as it was sent, without the query.
 	path() string
-	// values calls each for every value of the header with this name, which is in
-	// lower case, until each is false.
-	values(name string, each func(value string) bool)
+	// value is one of the header with this name, which is in lower case: the first
+	// at or after index i, and where the next may be; ok is false after the last.
+	// (A function called for each would be allocated for each request.)
+	value(name string, i int) (value string, next int, ok bool)
 }
 
 // member is a developer, at one route.
@@ -220,11 +221,14 @@ func (t *test) fits(value string) bool {
 func each(f fields, on, key string, do func(value string) bool) {
 	switch on {
 	case intercept.OnHeader:
-		f.values(key, do)
+		for v, i, ok := f.value(key, 0); ok && do(v); v, i, ok = f.value(key, i) {
+		}
 	case intercept.OnCookie:
-		f.values("cookie", func(line string) bool { return cookies(line, key, do) })
+		for v, i, ok := f.value("cookie", 0); ok && cookies(v, key, do); v, i, ok = f.value("cookie", i) {
+		}
 	case intercept.OnBaggage:
-		f.values("baggage", func(line string) bool { return baggage(line, key, do) })
+		for v, i, ok := f.value("baggage", 0); ok && baggage(v, key, do); v, i, ok = f.value("baggage", i) {
+		}
 	}
 }
 

@@ -17,12 +17,11 @@ type asked struct {
 
 func (a asked) method() string { return a.Method }
 func (a asked) path() string   { return a.target }
-func (a asked) values(name string, each func(string) bool) {
-	for _, v := range a.Header[http.CanonicalHeaderKey(name)] {
-		if !each(v) {
-			return
-		}
+func (a asked) value(name string, i int) (string, int, bool) {
+	if all := a.Header[http.CanonicalHeaderKey(name)]; i < len(all) {
+		return all[i], i + 1, true
 	}
+	return "", i, false
 }
 
 func tableOf(t testing.TB, all ...[]string) *table {

@@ -96,13 +96,14 @@ func (h *head) path() string {
 	return t
 }
 
-// values implements fields.
-func (h *head) values(name string, each func(value string) bool) {
-	for i := range h.fields {
-		if f := &h.fields[i]; f.name.to-f.name.from == len(name) && equalFold(h.of(f.name), name) && !each(h.text(f.value)) {
-			return
+// value implements fields.
+func (h *head) value(name string, i int) (value string, next int, ok bool) {
+	for ; i < len(h.fields); i++ {
+		if f := &h.fields[i]; f.name.to-f.name.from == len(name) && equalFold(h.of(f.name), name) {
+			return h.text(f.value), i + 1, true
 		}
 	}
+	return "", i, false
 }
 
 // equalFold compares with a name in lower case.
@@ -185,7 +186,9 @@ func (h *head) parseRequest(b []byte) error {
 		return err
 	}
 	hosts := 0
-	h.values("host", func(string) bool { hosts++; return true })
+	for _, i, ok := h.value("host", 0); ok; _, i, ok = h.value("host", i) {
+		hosts++
+	}
 	switch {
 	case hosts > 1:
 		return bad("there is more than one Host")
