@@ -54,9 +54,8 @@ type Intercept struct {
 	Notes     []string
 
 	mesh     intercept.Holder     // of a mesh: what it shares with others is the mesh's
-	joined   bool                 // others were in the mesh before
 	undone   bool                 // Start failed and left nothing
-	backends map[PortKey][]string // pods that served when it started
+	backends map[PortKey][]string // pods that served when it started; nil: gates did, of a mesh
 
 	mu sync.Mutex // held while its head, or what follows from that, changes
 }
@@ -221,7 +220,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 	if err != nil {
 		return err
 	}
-	if origins != nil && !i.joined {
+	if origins != nil {
 		if i.backends, err = c.readyBackends(ctx, ns, i.head.service()); err != nil {
 			return err
 		}
@@ -253,7 +252,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		return err
 	}
 	reached(StepReach)
-	if origins != nil && !i.joined {
+	if i.backends != nil { // else gates serve it already
 		if err := i.reach(ctx); err != nil {
 			return err
 		}
@@ -464,7 +463,8 @@ func (i *Intercept) reach(ctx context.Context) error {
 // node knows it.
 const maxBackends = 8
 
-// readyBackends are addresses of the pods that serve a Service, by its ports.
+// readyBackends are addresses of the pods that serve a Service, by its ports; nil if it
+// is led to gates.
 func (c *Cluster) readyBackends(ctx context.Context, namespace, service string) (map[PortKey][]string, error) {
 	what := fmt.Sprintf("looking for the pods of Service %s/%s", namespace, service)
 	live, err := c.client.Services(namespace).Get(ctx, service, metav1.GetOptions{})
@@ -484,10 +484,10 @@ func (c *Cluster) readyBackends(ctx context.Context, namespace, service string) 
 	if live, err = c.client.Services(namespace).Get(ctx, service, metav1.GetOptions{}); err != nil {
 		return nil, translate(what, err)
 	}
-	found := map[PortKey][]string{}
 	if live.Spec.Selector[LabelGate] != "" {
-		return found, nil
+		return nil, nil
 	}
+	found := map[PortKey][]string{}
 	for _, s := range slices.Items {
 		for _, p := range s.Ports {
 			if p.Port == nil || p.Protocol == nil || p.Name == nil {

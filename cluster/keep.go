@@ -35,7 +35,7 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 		return nil, err
 	}
 	e, ok := state.Entries[r.Key]
-	i := &Intercept{c: c, spec: r.InterceptSpec, ID: r.ID, Token: r.Token, Key: r.Key, Gate: e.Gate, mesh: e.Holder, joined: true}
+	i := &Intercept{c: c, spec: r.InterceptSpec, ID: r.ID, Token: r.Token, Key: r.Key, Gate: e.Gate, mesh: e.Holder}
 	if !ok || !i.owns(e) {
 		return nil, &Lost{Why: "somebody ended it (`culvert recover` or `clean`) while this machine was away"}
 	}

@@ -190,7 +190,7 @@ func (i *Intercept) join(s *intercept.State) error {
 		if err := i.checkTaken(e); err != nil {
 			return err
 		}
-		i.mesh, i.joined = e.Holder, true
+		i.mesh = e.Holder
 	case i.mesh.Session == "": // else somebody deleted the ConfigMap of a mesh that is there
 		i.mesh = intercept.Holder{Session: meshPrefix + randomHex(6), Since: i.spec.Holder.Since}
 	}

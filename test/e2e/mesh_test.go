@@ -324,6 +324,32 @@ func TestMeshUnderLoad(t *testing.T) {
 	}
 }
 
+// TestMeshHalfway: the first one in hangs in the midst of its start, when everything is
+// there but the traffic; the second does the rest, and nobody notices.
+func TestMeshHalfway(t *testing.T) {
+	unchangedShop(t)
+	alice, bob := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	alice.connect(t)
+	at := cartPort(t, 80)
+	load := startLoad(t, "node1", "http://"+at+"/who", 2*time.Minute, "--keepalive=false")
+	half := &walk{developer: bob, service: "cart", address: at, mesh: true}
+	if _, err := half.stopped("push"); err != nil {
+		t.Fatal(err)
+	}
+	alice.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "alice")
+	meshed(t, at, "alice", 3*time.Second, "VERSION:alice")
+	meshed(t, at, "cart-*", time.Second, "VERSION:walk")
+	eventually(t, time.Minute, half.nobodyHere) // the daemon gives it up
+	meshed(t, at, "alice", time.Second, "VERSION:alice")
+	alice.leave(t, "cart")
+	got := load.stop(t)
+	got.none(t)
+	if len(got.Answers["alice"]) > 0 {
+		t.Errorf("the machine answered what is not marked: %d", len(got.Answers["alice"]))
+	}
+}
+
 // TestMeshConflict: somebody changes the Service of a mesh. One of its members puts it
 // right, and for all of them; so often as for an exchange, however many they are.
 func TestMeshConflict(t *testing.T) {
