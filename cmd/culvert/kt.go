@@ -62,6 +62,7 @@ var ktFlags = []ktFlag{
 	{name: "dnsPort", notice: "culvert chooses the port of its forwarder"},
 	{name: "skipPortChecking", toggle: true, notice: "a local port that nothing listens at is told, and no reason to refuse"},
 	{name: "recoverWaitTime", notice: "leaving waits until the pods are ready again"},
+	{name: "routerImage", notice: "requests are told apart by culvert's own image; --image names another"},
 	{name: "includeDomains", use: refuse("only the cluster's own names are asked of the cluster", "--cluster-domain names a domain other than cluster.local")},
 }
 

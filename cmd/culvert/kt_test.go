@@ -103,6 +103,7 @@ func TestKtConnectFlags(t *testing.T) {
 		{"--dnsPort 10053", same, "port", 0},
 		{"--skipPortChecking", same, "no reason to refuse", 0},
 		{"--recoverWaitTime 60", same, "ready again", 0},
+		{"--routerImage r.example/router:1", same, "--image", 0},
 		{"--includeDomains a.example", same, "--cluster-domain", 2},
 	} {
 		t.Run(c.args, func(t *testing.T) {
@@ -130,7 +131,7 @@ func TestKtConnectFlagsAreAll(t *testing.T) {
 		withLabel withAnnotation podCreationTimeout portForwardTimeout useShadowDeployment useLocalTime forceUpdate
 		asWorker podQuota ipVersion help version
 		mode dnsMode shareShadow clusterDomain disablePodIp skipCleanup includeIps excludeIps ingressIp
-		disableTunDevice disableTunRoute proxyPort proxyAddr dnsCacheTtl dnsPort skipPortChecking recoverWaitTime includeDomains`)
+		disableTunDevice disableTunRoute proxyPort proxyAddr dnsCacheTtl dnsPort skipPortChecking recoverWaitTime routerImage includeDomains`)
 	var got []string
 	for _, k := range ktFlags {
 		got = append(got, k.name)
