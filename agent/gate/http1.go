@@ -21,7 +21,7 @@ import (
 //
 //   - a request: X-Forwarded-For has the client's address appended, X-Forwarded-Proto
 //     is http where there was none, and Forwarded gets an element where there was one.
-//     Upgrade: h2c is left out.
+//     Upgrade: h2c is left out where the gate does not take it (h2c.go).
 //   - a response: Connection: close where this connection ends with it; a machine's
 //     own is left out, since the client's connection is not the machine's; and
 //     X-Culvert-Served-By where the member wants it.
@@ -188,6 +188,11 @@ func (h *http1) serveOne() (keep bool, err error) {
 		r.line.Path = r.line.Path[:min(len(r.line.Path), maxLoggedPath)]
 		if r.m != nil {
 			r.line.Session, r.line.User = r.m.Holder.Session, r.m.Holder.User
+		}
+	}
+	if settings, ok := h.offersHTTP2(r); ok {
+		if taken, err := h.upgradeHTTP2(r, settings); taken {
+			return false, err
 		}
 	}
 	keep, err = h.route1(r)

@@ -71,8 +71,7 @@ type upstream2 struct {
 // origin, which may be nil.
 func (c *meshConn) serveHTTP2(origin *net.TCPConn) error {
 	g := c.gate
-	if g.http2s.Add(1) > g.cfg.maxHTTP2() {
-		g.http2s.Add(-1)
+	if !g.enterHTTP2() {
 		g.log.Warn("too many HTTP/2 connections: one is not routed, and goes to the origin", "port", c.route.at.port, "limit", g.cfg.maxHTTP2())
 		if origin == nil {
 			var err error
@@ -83,6 +82,22 @@ func (c *meshConn) serveHTTP2(origin *net.TCPConn) error {
 		return c.handOver(origin, nil, protoUnknown)
 	}
 	defer g.http2s.Add(-1)
+	return c.streams(origin, &http2.ServeConnOpts{})
+}
+
+// enterHTTP2 counts a connection, or is false where there are as many as may be. Who
+// is counted takes one from g.http2s at its end.
+func (g *Gate) enterHTTP2() bool {
+	if g.http2s.Add(1) > g.cfg.maxHTTP2() {
+		g.http2s.Add(-1)
+		return false
+	}
+	return true
+}
+
+// streams serves the client's streams to the end of the connection. Of o it sets who
+// serves them.
+func (c *meshConn) streams(origin *net.TCPConn, o *http2.ServeConnOpts) error {
 	limits := &http.HTTP2Config{MaxReceiveBufferPerConnection: connWindow, MaxReceiveBufferPerStream: streamWindow, MaxConcurrentStreams: maxClientStreams}
 	t, err := http2.ConfigureTransports(&http.Transport{DisableCompression: true, HTTP2: limits, MaxResponseHeaderBytes: maxHTTP2Head})
 	if err != nil {
@@ -110,7 +125,8 @@ func (c *meshConn) serveHTTP2(origin *net.TCPConn) error {
 		c.setBusy(b, false)
 		p.ups = append(p.ups, &upstream2{held: b})
 	}
-	s.ServeConn(c.client, &http2.ServeConnOpts{Context: g.life, BaseConfig: p.server, Handler: p})
+	o.Context, o.BaseConfig, o.Handler = c.gate.life, p.server, p
+	s.ServeConn(c.client, o)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, u := range p.ups {

@@ -73,6 +73,8 @@ type route struct {
 	gone  atomic.Bool // from the state
 	// members has the counters of a mesh's members by session. gate.mu guards it.
 	members map[string]*memberCount
+	// speakers of a mesh were asked whether they speak HTTP/2.
+	speakers speakers
 	// listener is a *net.TCPListener or a *net.UDPConn.
 	listener io.Closer
 }
@@ -203,6 +205,7 @@ func (r *route) follow(s *spec) {
 		}
 	}
 	r.spec.Store(s)
+	r.speakers.forget()
 }
 
 // watcherLocked is the one watcher of these agents: of all routes, and of the

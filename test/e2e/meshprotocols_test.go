@@ -109,10 +109,10 @@ func TestMeshProtocols(t *testing.T) {
 					t.Errorf("gRPC %s: %+v, want %s", call, got, name)
 				}
 			}
-			for _, how := range []string{"--http1.1", "--http2-prior-knowledge", "--http2"} {
-				r := alice.Run(alice.user, "curl", "-sS", how, "-H", header, "http://"+ip+"/who")
+			for how, version := range map[string]string{"--http1.1": "1.1", "--http2-prior-knowledge": "2", "--http2": "2"} {
+				r := alice.Run(alice.user, "curl", "-sS", how, "-w", "in HTTP/%{http_version}", "-H", header, "http://"+ip+"/who")
 				who, _, _ := strings.Cut(strings.TrimSpace(r.Stdout), " ")
-				if r.Code != 0 || !serves(who, name) {
+				if r.Code != 0 || !serves(who, name) || !strings.HasSuffix(r.Stdout, "in HTTP/"+version) {
 					t.Errorf("curl %s -H %q: %v", how, header, r)
 				}
 			}
