@@ -194,7 +194,7 @@ func TestUDPAnswers(t *testing.T) {
 // TestUDPBounds: idle flows end, and the idlest gives way.
 func TestUDPBounds(t *testing.T) {
 	t.Parallel()
-	g := startGate(t, Config{MemoryLimit: 1}, func(x *timing) { x.udpIdle = 600 * time.Millisecond })
+	g := startGate(t, Config{MemoryLimit: 1}, func(x *timing) { x.udpIdle = 3 * time.Second })
 	route := udpRoute(t, udpServer(t, "origin"), nil)
 	g.push(stateOf(1, route))
 	first := udpClient(t, route.Listen)
