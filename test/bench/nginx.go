@@ -120,6 +120,7 @@ spec:
     metadata: {labels: {app: bench-nginx}}
     spec:
       terminationGracePeriodSeconds: 1
+      securityContext: {runAsNonRoot: true, runAsUser: 65534, seccompProfile: {type: RuntimeDefault}}
       topologySpreadConstraints:
       - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: bench-nginx}}}
       volumes:
@@ -132,6 +133,7 @@ spec:
         args: [-p, /tmp, -e, stderr, -c, /etc/nginx/nginx.conf]
         volumeMounts: [{name: config, mountPath: /etc/nginx}, {name: tmp, mountPath: /tmp}]
         readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+        securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
 ---
 apiVersion: v1
 kind: Service
