@@ -297,7 +297,7 @@ func (s *session) snapshot() api.Session {
 	defer s.mu.Unlock()
 	v := s.said
 	v.ID, v.UID, v.User = s.id, s.account.UID, s.account.Name
-	v.State, v.Since, v.Started = s.state, s.since, s.started
+	v.State, v.Since, v.Started = s.stateLocked(), s.since, s.started
 	v.Restarts, v.AtBoot, v.InterceptOnly, v.Reverting = s.restarts, s.atBoot, s.options.InterceptOnly, s.revert
 	v.PID = 0
 	if s.proc != nil {
@@ -309,12 +309,12 @@ func (s *session) snapshot() api.Session {
 	if v.Namespace == "" {
 		v.Namespace = cleanText(s.options.Namespace)
 	}
-	if s.state != api.Connecting {
+	if v.State != api.Connecting {
 		v.Step = ""
 	}
 	v.Cause = s.causeLocked()
 	v.Error = nil
-	if s.state == api.Disconnected || s.state == api.Disconnecting {
+	if v.State == api.Disconnected || v.State == api.Disconnecting {
 		v.Error = s.err
 	}
 	v.Device, v.Addresses = s.network.device, s.network.addresses
@@ -324,8 +324,17 @@ func (s *session) snapshot() api.Session {
 	return v
 }
 
+// stateLocked is the state to show: between the end of a process and the run
+// goroutine's next step a session is not connected any more.
+func (s *session) stateLocked() api.State {
+	if s.state == api.Connected && !s.in.alive {
+		return api.Reconnecting
+	}
+	return s.state
+}
+
 func (s *session) causeLocked() string {
-	if s.state != api.Reconnecting && s.state != api.NeedsLogin {
+	if state := s.stateLocked(); state != api.Reconnecting && state != api.NeedsLogin {
 		return ""
 	}
 	if s.proc == nil {

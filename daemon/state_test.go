@@ -160,3 +160,16 @@ func TestNothingUnprintableIsShown(t *testing.T) {
 		t.Errorf("shown as %q, %q", v.Context, v.Namespace)
 	}
 }
+
+// Between the end of its process and the run goroutine's next step nobody is told
+// that a session is connected.
+func TestSnapshotWithoutProcess(t *testing.T) {
+	s := &session{state: api.Connected, in: inputs{wanted: true, established: true, reported: api.Connected}, cause: "the session process ended: killed"}
+	if v := s.snapshot(); v.State != api.Reconnecting || v.Cause != s.cause || v.PID != 0 {
+		t.Errorf("a session without a process: %+v", v)
+	}
+	s.in.alive, s.proc = true, &process{pid: 7}
+	if v := s.snapshot(); v.State != api.Connected || v.Cause != "" || v.PID != 7 {
+		t.Errorf("a session with a process: %+v", v)
+	}
+}
