@@ -211,6 +211,9 @@ func (i *Intercept) remake(ctx context.Context, again bool) error {
 	case !led:
 		return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
 	}
+	if err := i.renew(ctx); err != nil {
+		return err
+	}
 	origins, err := i.head.origin(ctx, i.owner().Session)
 	if err != nil {
 		return err
@@ -302,12 +305,19 @@ func (h *exchangeHead) changed(ctx context.Context, i *Intercept, ch ServiceChan
 	if i.spec.Kind == intercept.Mesh {
 		// Every member has seen it, and one is enough.
 		service, put, err := h.awaitAnother(ctx, i)
-		if err != nil || put {
+		if err != nil {
 			return err
 		}
+		if put {
+			return h.renew(ctx, service)
+		}
 		ch.Service = service
-		if h.plan.Record, err = RecordOf(service); err != nil {
+		r, err := RecordOf(service)
+		if err != nil {
 			return err
+		}
+		if r != nil { // else the last one that was seen holds
+			h.plan.Record = r
 		}
 	}
 	again, ok := reapplies(h.plan.reapplied()).add(h.c.Now())

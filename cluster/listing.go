@@ -153,6 +153,9 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 		for _, r := range e.Routes {
 			one.Ports = append(one.Ports, portText(r.Port, r.Protocol, e.Holder.User, e))
 		}
+		if e.Kind == intercept.Mesh {
+			one.Members = membersOf(e)
+		}
 		all = append(all, one)
 	}
 	if err := c.addSeen(ctx, namespace, all); err != nil {

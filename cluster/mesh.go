@@ -71,7 +71,16 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 		return err
 	}
 	e, ok := state.Entries[i.Key]
-	if !ok || e.Kind != intercept.Mesh {
+	if ok && e.Kind != intercept.Mesh {
+		return nil
+	}
+	if plan.Record == nil && plan.below.Spec.Selector[LabelGate] != "" {
+		// What serves it now are the gates: they would be their own origin.
+		return &api.Error{Code: api.CodeConflict,
+			Message: fmt.Sprintf("%s leads to gates, but its annotation %s, which says what served it before, is gone", plan, AnnotationIntercept),
+			Hint:    "try again, a member of the mesh may be putting it back; `culvert recover " + plan.Name + "` makes it what it was"}
+	}
+	if !ok {
 		return nil
 	}
 	if memberOf(e, i.spec.Holder.Session) >= 0 {
@@ -245,6 +254,34 @@ func (h *exchangeHead) awaitAnother(ctx context.Context, i *Intercept) (service 
 	return service, w.judge(service).Kind == "", nil
 }
 
+// renew looks at what other members may have made of a mesh's Service since: they
+// lead it to the gates again on top of others' changes.
+func (i *Intercept) renew(ctx context.Context) error {
+	h, ok := i.head.(*exchangeHead)
+	if !ok || i.spec.Kind != intercept.Mesh {
+		return nil
+	}
+	service, err := h.c.client.Services(i.spec.Namespace).Get(ctx, i.Key, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return &Lost{Why: "the Service was deleted"}
+	}
+	if err != nil {
+		return translate("looking at Service "+i.Key, err)
+	}
+	return h.renew(ctx, service)
+}
+
+// renew plans for the Service as it is. Where it has no Record, the last one that was
+// seen holds.
+func (h *exchangeHead) renew(ctx context.Context, service *corev1.Service) error {
+	plan, err := h.c.Replan(ctx, h.plan, service)
+	if err != nil {
+		return lostIfRefused("the Service is not as it was", err)
+	}
+	h.plan, h.again = plan, plan.reapplied()
+	return nil
+}
+
 // left is what leaveMesh found.
 type left struct {
 	others bool             // the mesh goes on without the session
@@ -289,8 +326,11 @@ func (c *Cluster) leaveMesh(ctx context.Context, u UndoSpec) (l left, err error)
 		return l, err
 	}
 	e := state.Entries[u.Key]
-	if l.others = len(e.Members) > 0; !l.others || l.mesh.Session == "" {
+	if l.others = len(e.Members) > 0; !l.others {
 		return l, nil
+	}
+	if l.mesh.Session == "" { // it left before, and may not have come to the rest
+		return l, c.DeletePolicies(ctx, u.Namespace, u.Key, u.Session)
 	}
 	u.Reached(StepEntryRemoved)
 	push, cancel := context.WithTimeout(ctx, 10*time.Second)

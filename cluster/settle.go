@@ -98,6 +98,9 @@ func (i *Intercept) settle(ctx context.Context) error {
 func (i *Intercept) renewOrigin(ctx context.Context) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if err := i.renew(ctx); err != nil {
+		return err
+	}
 	return i.reapply(ctx)
 }
 

@@ -170,6 +170,14 @@ func TestMesh(t *testing.T) {
 		bob.leave(t, "cart")
 		meshed(t, at, "cart-*", 2*time.Second, "X-Dev:Feature/X")
 	})
+	t.Run("of what is exchanged", func(t *testing.T) {
+		alice.intercept(t, "exchange", "cart", "--expose", "8080:80")
+		r := bob.culvert("mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
+		if r.Code != 1 || !strings.Contains(r.Stderr, "alice") || !strings.Contains(r.Stderr, "--wait") {
+			t.Errorf("a mesh of what Alice exchanges: %v", r)
+		}
+		alice.leave(t, "cart")
+	})
 }
 
 // TestMeshKilled: the session's process is killed while others are in the mesh, and
@@ -211,8 +219,21 @@ func TestMeshKilled(t *testing.T) {
 	time.Sleep(3 * time.Second)
 	meshed(t, at, "alice", time.Second, "VERSION:alice")
 	bob.connect(t)
-	alice.leave(t, "cart")
+
+	// The last one vanishes, too: whoever recovers waits until he is known to be gone.
+	lease = vanish(t, alice)
+	r := bob.culvert("recover", "cart")
+	if r.Code == 0 || !strings.Contains(r.Stderr, "alice") {
+		t.Errorf("recover of a mesh whose member was just seen: %v", r)
+	}
+	kubectl(t, "-n", "shop", "patch", lease, "--type=merge", "-p", `{"spec":{"renewTime":"`+ago+`"}}`)
+	if r := bob.culvert("recover", "cart"); r.Code != 0 {
+		t.Errorf("recover: %v", r)
+	}
 	meshed(t, at, "cart-*", 2*time.Second, "VERSION:alice")
+	if err := alice.StartDaemon(); err != nil { // takes away its agent
+		t.Fatal(err)
+	}
 }
 
 // TestMeshMemberKilled: the process of one who leaves is killed at each step of that,
@@ -222,6 +243,13 @@ func TestMeshMemberKilled(t *testing.T) {
 	alice, bob := aliceAt(t), bobNextDoor(t)
 	alice.serve(t, "127.0.0.1")
 	bob.serve(t, "127.0.0.1")
+	// It forbids nothing, but with it gates, origin and each member's agent need policies.
+	apply(t, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: everything, namespace: shop}
+spec: {podSelector: {}, ingress: [{}]}
+`)
 	bob.connect(t)
 	at := cartPort(t, 80)
 	bob.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
@@ -371,14 +399,25 @@ func TestMeshConflict(t *testing.T) {
 	ownerApplies(t, cartNarrow)
 	alice.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "alice")
 	bob.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "bob")
-	for _, round := range []string{"one", "two", "three"} {
-		force(cartChanged(round))
+	for _, round := range []string{"one", "annotation", "three"} {
+		if round == "annotation" { // and nothing else: what was there before is in it
+			kubectl(t, "-n", "shop", "annotate", "service", "cart", "culvert.dev/intercept-")
+		} else {
+			force(cartChanged(round))
+		}
 		eventually(t, 5*time.Second, func() error {
-			if s := cartSelector(t); !strings.Contains(s, "culvert") || !strings.Contains(s, round) {
+			if s := cartSelector(t); !strings.Contains(s, "culvert") || round != "annotation" && !strings.Contains(s, round) {
 				return fmt.Errorf("round %s: selector and label are %s", round, s)
+			}
+			if kubectl(t, "-n", "shop", "get", "service", "cart", "-o", `jsonpath={.metadata.annotations.culvert\.dev/intercept}`) == "" {
+				return fmt.Errorf("round %s: there is no annotation", round)
 			}
 			return nil
 		})
+		if s := kubectl(t, "-n", "shop", "get", "service", "cart-culvert-origin", "-o", "jsonpath={.spec.selector}"); strings.Contains(s, "culvert") {
+			t.Fatalf("round %s: the origin selects %s", round, s)
+		}
+		meshed(t, at, "cart-*", 3*time.Second)
 		meshed(t, at, "alice", 3*time.Second, "VERSION:alice")
 		meshed(t, at, "bob", 3*time.Second, "VERSION:bob")
 		time.Sleep(2500 * time.Millisecond) // until the other member has looked, too

@@ -99,7 +99,7 @@ func TestMeshSteps(t *testing.T) {
 	}
 	w.open(t)
 	w.before = w.list(t)
-	for _, step := range []string{"entry", "switch", "active", "restore", "entry-removed"} {
+	for _, step := range slices.Concat(startSteps, stopSteps) {
 		t.Run(step, func(t *testing.T) { w.step(t, step) })
 	}
 }
