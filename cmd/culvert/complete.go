@@ -2,13 +2,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 // completionTimeout is how long a Tab press may wait for the API server.
@@ -78,5 +82,69 @@ func (a *app) completeSessions(cmd *cobra.Command, args []string, _ string) ([]s
 	for _, s := range sessions {
 		names = append(names, s.Context)
 	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completionCluster is the cluster that completion asks, unless its credentials want
+// the terminal.
+func (a *app) completionCluster() (*target, error) {
+	t, err := newTarget(api.Options{Kubeconfig: a.kubeconfig, Context: a.context, Namespace: a.namespace}, os.Environ(), os.Getenv("HOME"))
+	if err == nil && (needsTerminal(t.auth) || os.Geteuid() == 0 && os.Getenv("SUDO_UID") != "") {
+		err = errors.New("the shell has the terminal")
+	}
+	return t, err
+}
+
+// completeServices offers the Services of the namespace but culvert's own.
+func (a *app) completeServices(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	t, err := a.completionCluster()
+	if err != nil || len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	client, err := t.client()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
+	defer cancel()
+	list, err := client.Services(t.Namespace).List(ctx, metav1.ListOptions{Limit: 500, LabelSelector: cluster.LabelManagedBy + "!=culvert"})
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, s := range list.Items {
+		names = append(names, s.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeMeshed offers the meshed Services of the namespace.
+func (a *app) completeMeshed(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return a.completeIntercepted(cmd, func(e intercept.Entry) bool { return e.Kind == intercept.Mesh })
+}
+
+// completeIntercepted offers what is intercepted in the namespace, by anybody.
+func (a *app) completeIntercepted(cmd *cobra.Command, wanted func(intercept.Entry) bool) ([]string, cobra.ShellCompDirective) {
+	t, err := a.completionCluster()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	c, err := cluster.Open(api.Options{Kubeconfig: t.Kubeconfig, Context: t.Context, Namespace: t.Namespace})
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
+	defer cancel()
+	state, err := c.GateState(ctx, t.Namespace)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, e := range state.Entries {
+		if wanted(e) {
+			names = append(names, e.Service)
+		}
+	}
+	slices.Sort(names)
 	return names, cobra.ShellCompDirectiveNoFileComp
 }

@@ -120,7 +120,7 @@ func (e *examination) rights(ctx context.Context, c *cluster.Cluster) {
 	}
 }
 
-// interceptRights tells whether exchange and preview would work: connect does
+// interceptRights tells whether exchange, mesh and preview would work: connect does
 // without.
 func (e *examination) interceptRights(ctx context.Context, c *cluster.Cluster) {
 	checks, err := c.InterceptRights(ctx, c.Namespace(), intercept.Exchange, intercept.Preview) // mesh needs what exchange does
@@ -135,11 +135,11 @@ func (e *examination) interceptRights(ctx context.Context, c *cluster.Cluster) {
 		}
 	}
 	if len(missing) == 0 {
-		e.add("intercepts", good, "", "you may exchange and preview Services in namespace %s", c.Namespace())
+		e.add("intercepts", good, "", "you may exchange, mesh and preview Services in namespace %s", c.Namespace())
 		return
 	}
 	e.add("intercepts", warn, fmt.Sprintf("an administrator: kubectl create rolebinding culvert-intercept --clusterrole=culvert-intercept -n %s --user=%q", c.Namespace(), or(e.target.User, "YOU")),
-		"you may not exchange or preview Services in namespace %s: %s", c.Namespace(), strings.Join(missing, ", "))
+		"you may not exchange, mesh or preview Services in namespace %s: %s", c.Namespace(), strings.Join(missing, ", "))
 }
 
 // sameRight says whether two checks differ in the verb only.

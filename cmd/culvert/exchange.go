@@ -35,7 +35,8 @@ culvert exchange shop --expose 3000:80 --on-local-refused refuse
 culvert exchange shop --expose 3000:80 --wait 30m
 # clients use pod IPs (StatefulSet, registry)
 culvert exchange statefulset/db --expose 5432 --mode scale`),
-		Args: exactlyOne("a Service", "tomcat --expose 8080"),
+		Args:              exactlyOne("a Service", "tomcat --expose 8080"),
+		ValidArgsFunction: a.completeServices,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.req.Target, f.req.Wait = args[0], wait
 			if err := f.checkExchange(a.name); err != nil {

@@ -82,7 +82,7 @@ func (f *interceptFlags) run(ctx context.Context, a *app) error {
 	if a.json() {
 		return a.printIndented(i)
 	}
-	a.showIntercept(i, time.Since(started))
+	a.showIntercept(i, f.req, s.InterceptOnly, time.Since(started))
 	return nil
 }
 
@@ -210,8 +210,9 @@ func (a *app) quietWatcher() (show func(api.Event), end func(bool)) {
 	return a.watcher()
 }
 
-// showIntercept tells what comes here now, and how it ends.
-func (a *app) showIntercept(i api.Intercept, d time.Duration) {
+// showIntercept tells what comes here now, and how it ends. With only, names of the
+// cluster do not resolve on this machine.
+func (a *app) showIntercept(i api.Intercept, req api.InterceptRequest, only bool, d time.Duration) {
 	what := map[string]string{api.KindExchange: "Exchanged", api.KindMesh: "Meshed", api.KindPreview: "Previewing", api.KindExpose: "Exposed"}[i.Kind]
 	name := i.Service
 	if name == "" {
@@ -231,7 +232,7 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 		fmt.Fprintf(a.out, "  %s\n", at)
 	}
 	if i.Kind == api.KindMesh {
-		a.showMeshed(i)
+		a.showMeshed(i, req.OnGone, only)
 	}
 	if i.Kind == api.KindExchange {
 		if i.Mode == api.ModeScale {
@@ -242,15 +243,7 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 	}
 	for _, p := range i.Ports {
 		if !p.Listening {
-			fallback := "go to its own pods"
-			if i.Kind != api.KindExchange && i.Kind != api.KindMesh || i.Mode == api.ModeScale {
-				fallback = "are refused"
-			}
-			what := "connections"
-			if i.Kind == api.KindMesh {
-				what = "those requests"
-			}
-			fmt.Fprintf(a.out, "warning: nothing listens at localhost:%d now; until something does, %s %s\n", p.Local, what, fallback)
+			fmt.Fprintf(a.out, "warning: nothing listens at localhost:%d now; until something does, %s\n", p.Local, meanwhile(i, req))
 		}
 	}
 	for _, n := range i.Notes {
@@ -261,4 +254,20 @@ func (a *app) showIntercept(i api.Intercept, d time.Duration) {
 		end = fmt.Sprint(i.Ports[0].Port)
 	}
 	fmt.Fprintf(a.out, "End it with `%s leave %s`; `%s list` shows how it is.\n", a.name, end, a.name)
+}
+
+// meanwhile is what becomes of what would come here, while nothing listens.
+func meanwhile(i api.Intercept, req api.InterceptRequest) string {
+	refuse := req.OnLocalRefused == api.OnRefusedRefuse
+	switch {
+	case i.Kind == api.KindMesh && refuse:
+		return "those requests are answered with 502"
+	case i.Kind == api.KindMesh && req.OnGone == api.OnGoneFail:
+		return "those requests are answered with 503"
+	case i.Kind == api.KindMesh:
+		return "those requests go to its own pods"
+	case i.Kind == api.KindExchange && i.Mode != api.ModeScale && !refuse:
+		return "connections go to its own pods"
+	}
+	return "connections are refused"
 }

@@ -18,9 +18,9 @@ func (a *app) leaveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "leave [SERVICE | PORT]",
 		Short: "End intercepts: a Service's traffic goes back to its pods",
-		Long: `Leave ends an exchange or a preview by the Service's name, and an expose by its
-port. The Service is led back first; connections that are open then have --drain to
-end. Without a name it ends the only one there is.`,
+		Long: `Leave ends an exchange, a mesh or a preview by the Service's name, and an expose by
+its port. The Service is led back first; connections that are open then have --drain to
+end. Of a mesh it ends only what comes to this machine. Without a name it ends the only one there is.`,
 		Example: examples(a.name, `
 culvert leave tomcat
 culvert leave --all

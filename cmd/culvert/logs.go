@@ -17,7 +17,7 @@ import (
 
 func (a *app) logsCommand() *cobra.Command {
 	var follow bool
-	var router string
+	var router routerLog
 	cmd := &cobra.Command{
 		Use:   "logs [CONTEXT]",
 		Short: "Show what a session has logged",
@@ -25,12 +25,15 @@ func (a *app) logsCommand() *cobra.Command {
 --debug for more in it. The daemon's own log is in the journal (journalctl -u culvertd).
 
 With --router it is the requests of a meshed Service that its gates remember: the last
-few hundred with a mark, and while somebody looks (-f) all others, too. Of a request
-they know its first line, who asked, who answered, and how long it took.`,
+few hundred with a mark; with --all also those that the pods have, from when somebody
+looks on (-f). Of a request they know method and path, who asked, who answered, and
+how long it took; not its query, headers or body.`,
 		Example: examples(a.name, `
 culvert logs
 culvert logs -f staging
-culvert logs --router shop -f`),
+culvert logs --router shop -f
+# does the mark arrive?
+culvert logs --router shop -f --all`),
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completeSessions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -38,17 +41,23 @@ culvert logs --router shop -f`),
 			if len(args) == 1 {
 				name = args[0]
 			}
-			if router != "" {
+			if router.all && router.service == "" {
+				return usageErrorf(a.name+" logs --router SERVICE --all", "--all goes with --router")
+			}
+			if router.service != "" {
 				if len(args) == 1 {
 					return usageErrorf("--context names the cluster", "--router and %q exclude each other", args[0])
 				}
-				return a.followRouter(cmd.Context(), router, follow)
+				router.follow = follow
+				return a.followRouter(cmd.Context(), router)
 			}
 			return a.logs(cmd.Context(), name, follow)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes")
-	cmd.Flags().StringVar(&router, "router", "", "show the requests of this meshed `SERVICE` instead")
+	cmd.Flags().StringVar(&router.service, "router", "", "show the requests of this meshed `SERVICE` instead")
+	cmd.Flags().BoolVar(&router.all, "all", false, "with --router: also requests without a mark, which the pods have")
+	complete(cmd, "router", a.completeMeshed)
 	return cmd
 }
 

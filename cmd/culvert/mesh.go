@@ -49,6 +49,12 @@ culvert mesh shop --expose 3000:80 --version-mark X-Dev:Feature/X
 culvert mesh shop --expose 3000:80 --match cookie:dev=alice --match 'path:/api/*'
 culvert mesh --show shop`),
 		Args: exactlyOne("a Service", "tomcat --expose 8080"),
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+			if show && len(args) == 0 {
+				return a.completeMeshed(cmd, args, word)
+			}
+			return a.completeServices(cmd, args, word)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if show {
 				return a.showMesh(cmd.Context(), args[0])
@@ -141,63 +147,112 @@ func randomMark() string {
 	return string(b)
 }
 
-// showMeshed tells what marks the requests that come here, and how to make one.
-func (a *app) showMeshed(i api.Intercept) {
+// showMeshed tells what marks the requests that come here, how to make one, and what
+// becomes of them without this machine.
+func (a *app) showMeshed(i api.Intercept, onGone string, only bool) {
 	match, err := cluster.ParseMatch(i.Match)
 	if err != nil || len(match) == 0 {
 		return // the session has read them
 	}
-	var header string
 	fmt.Fprintln(a.out, "Requests that come here have")
+	header, expression := false, false
 	for _, c := range match {
 		text := c.String()
 		if c.On == intercept.OnHeader && c.How == intercept.Exact {
 			text = fmt.Sprintf("the header  %s: %s", c.Key, c.Value)
-			if header == "" {
-				header = text[len("the header  "):]
-			}
 		}
+		header = header || c.On == intercept.OnHeader || c.On == intercept.OnBaggage
+		expression = expression || c.How == intercept.Regex
 		fmt.Fprintln(a.out, "  "+text)
 	}
 	if len(i.Ports) > 0 {
-		fmt.Fprintln(a.out, "Try it:")
+		try := "Try it:"
+		if only {
+			try = "Try it, from a pod of the cluster or after `" + a.name + " connect`:"
+		}
+		if expression {
+			try = strings.TrimSuffix(try, ":") + ", with what the expression matches for the dots:"
+		}
+		fmt.Fprintln(a.out, try)
 		fmt.Fprintln(a.out, "  "+curlFor(match, i.Service, i.Namespace, i.Ports[0].Port))
 	}
-	switch {
-	case header != "":
-		fmt.Fprintf(a.out, "In a browser an extension that sets request headers does it (ModHeader and others), or --match cookie:NAME=VALUE without one.\n")
-	case slices.ContainsFunc(match, func(c intercept.Condition) bool { return c.On == intercept.OnCookie && c.How == intercept.Exact }):
-		for _, c := range match {
-			if c.On == intercept.OnCookie && c.How == intercept.Exact {
-				fmt.Fprintf(a.out, "In a browser's console on that site:  document.cookie = %q\n", c.Key+"="+c.Value+"; path=/")
-			}
+	if header {
+		fmt.Fprintln(a.out, "In a browser an extension that sets request headers does it (ModHeader and others), or --match cookie:NAME=VALUE without one.")
+	}
+	for _, c := range match {
+		if c.On == intercept.OnCookie && c.How != intercept.Regex {
+			fmt.Fprintf(a.out, "In a browser's console on that site:  document.cookie = %q\n", c.Key+"="+sample(c)+"; path=/")
 		}
 	}
-	fmt.Fprintln(a.out, "All others are served as before. New connections take the new way, within a second or so.")
+	fmt.Fprintln(a.out, "All others are served as before. New connections take the new way, within a second or so; open ones stay where they are until they close.")
+	if onGone == api.OnGoneFail {
+		fmt.Fprintln(a.out, "While this machine does not answer, its requests get status 503.")
+	} else {
+		fmt.Fprintln(a.out, "While this machine does not answer, its requests go to the Service's own pods, too.")
+	}
+}
+
+// sample is a value that fulfils c; of an expression whoever wrote it knows one.
+func sample(c intercept.Condition) string {
+	switch {
+	case c.How == intercept.Regex:
+		return "..."
+	case c.Value == "":
+		return "x" // curl leaves out a header without a value
+	}
+	return c.Value
 }
 
 // curlFor is a command whose request fulfils exact conditions and prefixes.
 func curlFor(match []intercept.Condition, service, namespace string, port int) string {
 	args, path := []string{"curl"}, "/"
+	var cookies, baggage, methods []string
+	exactly := false
 	for _, c := range match {
-		value := c.Value
-		if c.How == intercept.Regex {
-			value = "..." // who wrote the expression knows what fits
-		}
 		switch c.On {
 		case intercept.OnHeader:
-			args = append(args, "-H", shellQuote(c.Key+": "+value))
+			args = append(args, "-H", shellQuote(c.Key+": "+sample(c)))
 		case intercept.OnCookie:
-			args = append(args, "-b", shellQuote(c.Key+"="+value))
-		case intercept.OnBaggage:
-			args = append(args, "-H", shellQuote("baggage: "+c.Key+"="+value))
+			cookies = append(cookies, c.Key+"="+sample(c))
+		case intercept.OnBaggage: // percent-encoded (W3C Baggage, 3.3)
+			baggage = append(baggage, c.Key+"="+strings.ReplaceAll(sample(c), "%", "%25"))
 		case intercept.OnPath:
-			path = value
-		case intercept.OnMethod:
-			if first, _, _ := strings.Cut(c.Value, ","); first != "GET" {
-				args = append(args, "-X", shellQuote(first))
+			switch {
+			case exactly: // no other path fulfils it
+			case c.How == intercept.Regex:
+				if path == "/" {
+					path = "/..."
+				}
+			case c.How == intercept.Exact || path == "/..." || len(c.Value) > len(path):
+				path, exactly = c.Value, c.How == intercept.Exact
 			}
+		case intercept.OnMethod:
+			these := strings.Split(c.Value, ",")
+			if methods != nil {
+				these = slices.DeleteFunc(these, func(m string) bool { return !slices.Contains(methods, m) })
+			}
+			methods = these
 		}
+	}
+	if len(cookies) > 0 {
+		args = append(args, "-b", shellQuote(strings.Join(cookies, "; ")))
+	}
+	if len(baggage) > 0 {
+		args = append(args, "-H", shellQuote("baggage: "+strings.Join(baggage, ",")))
+	}
+	switch {
+	case len(methods) == 0 || slices.Contains(methods, "GET"):
+	case methods[0] == "HEAD":
+		args = append(args, "-I") // with -X it would wait for a body
+	default:
+		args = append(args, "-X", shellQuote(methods[0]))
+	}
+	// What curl would do to a path of its own accord.
+	if strings.ContainsAny(path, "[]{}") {
+		args = append(args, "-g")
+	}
+	if strings.Contains(path+"/", "/./") || strings.Contains(path+"/", "/../") {
+		args = append(args, "--path-as-is")
 	}
 	host := service + "." + namespace
 	if port != 80 {

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
@@ -21,41 +23,74 @@ func (a *app) showMesh(ctx context.Context, service string) error {
 	if err != nil {
 		return err
 	}
-	m, err := c.MeshStatus(ctx, c.Namespace(), strings.TrimPrefix(strings.TrimPrefix(service, "service/"), "svc/"))
+	service = serviceName(service)
+	m, err := c.MeshStatus(ctx, c.Namespace(), service)
 	if err != nil {
 		return err
 	}
 	if a.json() {
 		return a.printIndented(m)
 	}
-	a.meshTable(m)
+	state, err := c.GateState(ctx, c.Namespace())
+	if err != nil {
+		return err
+	}
+	a.meshTable(m, state.Entries[service].Routes)
 	return nil
 }
 
-func (a *app) meshTable(m *cluster.MeshStatus) {
-	t := newTable(a.out)
-	t.row("BY", "REQUESTS WITH", "PORT", "SINCE", "SEEN", "MACHINE", "SERVED", "OPEN", "TO ORIGIN", "FAILED")
-	var origin, open int64
-	for _, one := range m.Members {
-		var sum intercept.MemberStatus
-		for _, r := range m.Routes {
-			for _, s := range r.Members {
-				if s.Session == one.Session {
-					sum.Machine = s.Machine
-					sum.Requests, sum.Open = sum.Requests+s.Requests, sum.Open+s.Open
-					sum.ToOrigin, sum.Failed = sum.ToOrigin+s.ToOrigin, sum.Failed+s.Failed
-				}
+// serviceName takes what exchange takes: service/NAME, too.
+func serviceName(target string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(target, "service/"), "svc/")
+}
+
+// meshTable has a line for each member and port. routes say which port of the Service
+// is which of the gates'.
+func (a *app) meshTable(m *cluster.MeshStatus, routes []intercept.Route) {
+	counted := func(port string) (r intercept.RouteStatus) {
+		for _, route := range routes {
+			if at := slices.IndexFunc(m.Routes, func(s intercept.RouteStatus) bool {
+				return s.Listen == route.Listen && s.Protocol == route.Protocol
+			}); at >= 0 && portOf(route) == port {
+				return m.Routes[at]
 			}
 		}
-		t.row(cmp.Or(one.User, one.Session), strings.Join(one.Match, " and "), strings.Join(one.Ports, ", "), one.Since.Local().Format("2006-01-02 15:04:05"),
-			seenText(one.Alive, one.LastSeen), sum.Machine, fmt.Sprint(sum.Requests), fmt.Sprint(sum.Open), fmt.Sprint(sum.ToOrigin), fmt.Sprint(sum.Failed))
+		return r // somebody changes the mesh right now
 	}
-	for _, r := range m.Routes {
-		origin, open = origin+r.RequestsToOrigin, open+int64(r.OpenToOrigin)
+	t := newTable(a.out)
+	t.row("BY", "REQUESTS WITH", "PORT", "SINCE", "SEEN", "MACHINE", "SERVED", "OPEN", "TO ORIGIN", "FAILED")
+	for _, one := range m.Members {
+		who := []string{cmp.Or(one.User, one.Session), strings.Join(one.Match, " and "), one.Since.Local().Format("2006-01-02 15:04:05"), seenText(one.Alive, one.LastSeen)}
+		for _, text := range one.Ports {
+			port, _, _ := strings.Cut(text, " ")
+			row := []string{who[0], who[1], text, who[2], who[3], "", "-", "-", "-", "-"}
+			for _, s := range counted(port).Members {
+				if s.Session == one.Session {
+					row = append(row[:5], s.Machine, fmt.Sprint(s.Requests), fmt.Sprint(s.Open), fmt.Sprint(s.ToOrigin), fmt.Sprint(s.Failed))
+				}
+			}
+			t.row(row...)
+			who = make([]string, len(who)) // said once
+		}
 	}
 	t.flush()
-	fmt.Fprintf(a.out, "All others: %d requests to the pods of %s by %d gates; %d connections of clients are open.\n", origin, m.Service, m.Gates, open)
+	var sum intercept.RouteStatus
+	for _, r := range m.Routes {
+		sum.RequestsToOrigin, sum.OpenToOrigin, sum.Refused = sum.RequestsToOrigin+r.RequestsToOrigin, sum.OpenToOrigin+r.OpenToOrigin, sum.Refused+r.Refused
+	}
+	fmt.Fprintf(a.out, "All others: %d requests to the pods of %s by %d gates; %d connections of clients are open.\n", sum.RequestsToOrigin, printable(m.Service), m.Gates, sum.OpenToOrigin)
+	for _, route := range routes {
+		if r := counted(portOf(route)); len(routes) > 1 && r.Listen != 0 {
+			fmt.Fprintf(a.out, "  %s: %d requests, %d connections open\n", portOf(route), r.RequestsToOrigin, r.OpenToOrigin)
+		}
+	}
+	if sum.Refused > 0 {
+		fmt.Fprintf(a.out, "%d times neither a machine nor the pods answered.\n", sum.Refused)
+	}
 }
+
+// portOf is a port of the Service as MemberState.Ports begin.
+func portOf(r intercept.Route) string { return fmt.Sprintf("%d/%s", r.Port, r.Protocol) }
 
 // seenText is when a session was seen last.
 func seenText(alive bool, last time.Time) string {
@@ -68,46 +103,80 @@ func seenText(alive bool, last time.Time) string {
 	return took(time.Since(last)) + " ago"
 }
 
-// followRouter prints the access log of a meshed Service; with follow until it is
-// interrupted.
-func (a *app) followRouter(ctx context.Context, service string, follow bool) error {
+// routerLog is what `culvert logs --router` shows.
+type routerLog struct {
+	service string
+	follow  bool // until it is interrupted
+	all     bool // also what the pods have, without a mark
+}
+
+// followRouter prints the access log of a meshed Service.
+func (a *app) followRouter(ctx context.Context, l routerLog) error {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt)
 	defer stop()
 	c, err := a.openCluster(ctx)
 	if err != nil {
 		return err
 	}
+	l.service = serviceName(l.service)
 	after := map[string]int64{}
+	return a.printRequests(ctx, l, time.Second, func() ([]intercept.Request, error) {
+		return c.MeshRequests(ctx, c.Namespace(), l.service, after)
+	})
+}
+
+// printRequests prints what ask returns, once, or after each pause until ctx ends. One
+// that fails after others did not is tried again, unless nothing can come of it.
+func (a *app) printRequests(ctx context.Context, l routerLog, pause time.Duration, ask func() ([]intercept.Request, error)) error {
+	asked, away, shown := false, false, 0
 	for {
-		some, err := c.MeshRequests(ctx, c.Namespace(), service, after)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
+		some, err := ask()
+		switch {
+		case err != nil && ctx.Err() != nil:
+			return nil
+		case err != nil && (!asked || final(err)):
 			return err
+		case err != nil && !away:
+			away = true
+			a.notice(asError(err).Message + "; trying again")
+		case err == nil:
+			asked, away = true, false
 		}
 		for _, r := range some {
+			if r.Session == "" && !l.all {
+				continue
+			}
+			shown++
 			if a.json() {
 				a.printJSONLine(a.out, r)
 				continue
 			}
 			fmt.Fprintln(a.out, requestLine(r))
 		}
-		if !follow {
-			if len(some) == 0 && !a.json() {
-				fmt.Fprintln(a.err, "No marked request yet; `"+a.name+" logs --router "+service+" -f` shows what comes, also to the pods.")
+		if !l.follow {
+			if shown == 0 && !a.json() {
+				fmt.Fprintln(a.err, "No marked request yet; `"+a.name+" logs --router "+l.service+" -f --all` shows what comes, also to the pods.")
 			}
 			return nil
 		}
 		select {
-		case <-time.After(time.Second):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return nil
 		}
 	}
 }
 
-// requestLine is one request for people.
+// final tells whether asking again is of no use.
+func final(err error) bool {
+	switch asError(err).Code {
+	case api.CodeNotFound, api.CodeForbidden, api.CodeCredentials, api.CodeDenied:
+		return true
+	}
+	return false
+}
+
+// requestLine is one request for people. Path and method are what somebody sent.
 func requestLine(r intercept.Request) string {
 	by := cmp.Or(r.User, r.Session)
 	switch {
@@ -124,5 +193,5 @@ func requestLine(r intercept.Request) string {
 	if r.Error != "" {
 		line += " (" + r.Error + ")"
 	}
-	return line
+	return printable(line)
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-dev/culvert/cluster"
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 func (a *app) recoverCommand() *cobra.Command {
@@ -18,15 +19,18 @@ func (a *app) recoverCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recover SERVICE",
 		Short: "Give a Service back to its own pods, whoever intercepted it",
-		Long: `Recover undoes an exchange, a preview or a replaced workload with nothing but what
+		Long: `Recover undoes an exchange, a mesh, a preview or a replaced workload with nothing but what
 the cluster knows of it. It needs no daemon and no session, and anybody who may change the
 Service can do it. The Service is led back first, then everything that culvert made for it is
-deleted. An intercept whose owner is alive is left alone without --force.`,
+deleted. An intercept whose owner is alive, or one of a mesh's members, is left alone without --force.`,
 		Example: examples(a.name, `
 culvert recover tomcat
 culvert recover tomcat -n shop --force
 culvert recover deployment/tomcat`),
 		Args: exactlyOne("a Service", "tomcat"),
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			return a.completeIntercepted(cmd, func(intercept.Entry) bool { return len(args) == 0 })
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt)
 			defer stop()

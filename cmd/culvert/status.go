@@ -114,6 +114,10 @@ func (a *app) printIntercepts(ctx context.Context, client *api.Client) {
 	if err != nil || len(all) == 0 {
 		return
 	}
+	a.interceptTable(all, time.Now())
+}
+
+func (a *app) interceptTable(all []api.Intercept, now time.Time) {
 	t := newTable(a.out)
 	t.row("INTERCEPT", "STATE", "FOR", "PORTS", "DETAIL")
 	for _, i := range all {
@@ -129,7 +133,11 @@ func (a *app) printIntercepts(ctx context.Context, client *api.Client) {
 		if i.Service == "" {
 			name = i.Kind + " " + strings.Join(i.Addresses, " ")
 		}
-		t.row(name, i.State, took(time.Since(i.Since)), strings.Join(ports, ", "), i.Cause)
+		detail := i.Cause
+		if len(i.Match) > 0 {
+			detail = strings.TrimSuffix(strings.Join(i.Match, " and ")+"; "+i.Cause, "; ")
+		}
+		t.row(name, i.State, took(now.Sub(i.Since)), strings.Join(ports, ", "), detail)
 	}
 	t.flush()
 	for _, i := range all {
