@@ -57,8 +57,16 @@ func (c *Cluster) Recover(ctx context.Context, spec RecoverSpec) (Recovered, err
 		_, err := c.findService(ctx, spec.Namespace, key) // it knows what may be meant
 		return r, err
 	}
-	// Also when nothing seems to be there: what is left of a half undone one goes.
-	return r, c.Undo(ctx, UndoSpec{Namespace: spec.Namespace, Key: key, Drain: spec.Drain, Say: spec.Say})
+	keys := []string{key}
+	if state, err := c.GateState(ctx, spec.Namespace); err == nil {
+		keys = append(rulesFor(state, key), key)
+	}
+	var trouble []error
+	for _, key := range keys {
+		// Also when nothing seems to be there: what is left of a half undone one goes.
+		trouble = append(trouble, c.Undo(ctx, UndoSpec{Namespace: spec.Namespace, Key: key, Drain: spec.Drain, Say: spec.Say}))
+	}
+	return r, errors.Join(trouble...)
 }
 
 // owners are whose an intercept is, for people: of a mesh those who are alive.

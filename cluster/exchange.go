@@ -35,6 +35,9 @@ func (c *Cluster) planExchangeHead(ctx context.Context, i *Intercept) error {
 		}
 		return heldBy(plan.Namespace, plan.Name, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
 	}
+	if err := c.checkStrict(ctx, plan, true, "--mode scale needs no way to them; "); err != nil {
+		return err
+	}
 	i.spec.Namespace, i.Key, i.Notes = plan.Namespace, plan.Name, plan.Notes
 	if plan.Headless {
 		i.Gate = OwnGate(plan.Name)

@@ -30,7 +30,9 @@ type InterceptSpec struct {
 	Gates     AgentSpec        // image, pull secrets and so on are the gates' too
 	OnRefused string           // intercept.RefusedToOrigin or RefusedToClient
 
-	// Of a mesh: see intercept.Member.
+	// Of a mesh: see intercept.Member. Mode is api.ModeRouter, ..., or api.ModeAuto,
+	// which planning makes one of them.
+	Mode         string
 	Match        []intercept.Condition
 	OnGone       string
 	TagResponses bool
@@ -146,6 +148,9 @@ func randomHex(bytes int) string {
 
 // Namespace is where it is, and Service what it is called there.
 func (i *Intercept) Namespace() string { return i.spec.Namespace }
+
+// Mode is how a mesh tells requests apart: api.ModeRouter, ...; of others empty.
+func (i *Intercept) Mode() string { return i.spec.Mode }
 
 // Service is the Service's name, or KIND/NAME of a workload.
 func (i *Intercept) Service() string { return i.head.service() }
@@ -331,6 +336,9 @@ func (i *Intercept) enter(s *intercept.State) error {
 	var member *intercept.Member
 	if i.spec.Kind == intercept.Mesh {
 		member = i.member(&e, before)
+	}
+	if _, ok := i.head.(*ruleHead); ok {
+		e.Mode = i.spec.Mode
 	}
 	if h, ok := i.head.(*scaleHead); ok && h.plan.UID != "" {
 		e.Replicas = h.plan.Replicas

@@ -71,12 +71,43 @@ func (c *Cluster) InterceptAccess(ctx context.Context, namespace string, kinds .
 	return nil
 }
 
+// ruleAccess finds a missing right to rules of one kind: an *api.Error with
+// CodeForbidden.
+func (c *Cluster) ruleAccess(ctx context.Context, r router, namespace string) error {
+	var checks []Check
+	for _, verb := range []string{"list", "get", "create", "patch", "delete"} {
+		checks = append(checks, newCheck(verb, r.kind().group, r.kind().resource, "", namespace, true, "the rule that leads marked requests to this machine"))
+	}
+	checks, err := c.review(ctx, checks)
+	if err != nil {
+		return err
+	}
+	for _, check := range checks {
+		if !check.Allowed {
+			err := c.refused(ctx, check)
+			if e, ok := err.(*api.Error); ok {
+				e.Hint = grantHint(check) + "; --mode router needs no such right"
+			}
+			return err
+		}
+	}
+	return nil
+}
+
 // grantHint names the role that has a verb of interceptChecks.
 func grantHint(check Check) string {
 	role := "culvert-intercept"
 	if check.group == "apps" && check.Verb == "patch" {
 		role = "culvert-scale"
 	}
+	for mode, r := range routers {
+		if check.group == r.kind().group {
+			role = meshRole(mode)
+		}
+	}
 	return fmt.Sprintf("an administrator can grant it with the role %s of deploy/rbac/culvert.yaml: `kubectl create rolebinding %s --clusterrole=%s --user=YOU -n %s`",
 		role, role, role, check.Namespace)
 }
+
+// meshRole is the role that has what a mode's rules need.
+func meshRole(mode string) string { return "culvert-mesh-" + mode }

@@ -43,8 +43,12 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 	if e.Kind == intercept.Mesh {
 		i.spec.Holder = e.Members[memberOf(e, r.Holder.Session)].Holder
 	}
-	switch e.Kind {
-	case intercept.Exchange, intercept.Mesh:
+	switch {
+	case e.Mode != "":
+		if err := c.resumeRuleHead(ctx, i, e, r); err != nil {
+			return nil, err
+		}
+	case e.Kind == intercept.Exchange, e.Kind == intercept.Mesh:
 		service, err := c.client.Services(r.Namespace).Get(ctx, r.Key, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return nil, &Lost{Why: "the Service was deleted"}
@@ -64,9 +68,9 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 			return nil, lostIfRefused("the Service is not as it was", err)
 		}
 		i.head = &exchangeHead{c: c, plan: plan, again: plan.reapplied()}
-	case intercept.Preview:
+	case e.Kind == intercept.Preview:
 		i.head = &previewHead{c: c, spec: &i.spec, list: portsOfEntry(e)}
-	case intercept.Scale:
+	case e.Kind == intercept.Scale:
 		if i.head, err = c.resumeScaleHead(ctx, r.Namespace, e); err != nil {
 			return nil, err
 		}
@@ -118,9 +122,15 @@ func (i *Intercept) Keep(ctx context.Context, onConflict string, note func(strin
 	go func() { ended <- i.keepGates(ctx, note) }()
 	go func() { ended <- i.look(ctx, note) }()
 	waiting := 2
-	if h, ok := i.head.(*exchangeHead); ok {
+	switch h := i.head.(type) {
+	case *exchangeHead:
 		waiting++
 		go func() { ended <- h.watch(ctx, i, onConflict, note) }()
+	case *ruleHead:
+		if h.router != nil {
+			waiting++
+			go func() { ended <- h.keepRule(ctx, i, onConflict, note) }()
+		}
 	}
 	var first error
 	for range waiting {

@@ -201,7 +201,10 @@ func (s *sweep) services(ctx context.Context) error {
 				s.held("Service", o, AnnotationIntercept, LeftoverRestore)
 				return
 			}
-			if !ownedByA("Deployment", o) { // not the way of UDP to an agent
+			switch {
+			case isRule(o): // first the rule that leads there
+				s.add("Service", o, LeftoverRestore)
+			case !ownedByA("Deployment", o): // not the way of UDP to an agent
 				s.add("Service", o, LeftoverDelete)
 			}
 		})

@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -25,7 +26,7 @@ type ServiceState struct {
 	Type      string    `json:"type,omitempty"`
 	Ports     []string  `json:"ports,omitempty"` // "80/TCP", with " -> alice:8080" where it is exposed
 	Kind      string    `json:"kind,omitempty"`  // intercept.Exchange, ...; empty: nobody intercepts it
-	Mode      string    `json:"mode,omitempty"`  // of an exchange: "selector" or "scale"
+	Mode      string    `json:"mode,omitempty"`  // of an exchange: "selector" or "scale"; of a mesh: "router", "istio", ...
 	User      string    `json:"user,omitempty"`
 	Session   string    `json:"session,omitempty"`
 	Since     time.Time `json:"since,omitzero"`
@@ -41,6 +42,7 @@ type ServiceState struct {
 type MemberState struct {
 	User     string    `json:"user,omitempty"`
 	Session  string    `json:"session"`
+	Mode     string    `json:"mode"` // "router", "istio", ...
 	Since    time.Time `json:"since,omitzero"`
 	Match    []string  `json:"match"` // conditions, as they are typed
 	Ports    []string  `json:"ports"` // "80/TCP -> alice:8080"
@@ -52,7 +54,7 @@ type MemberState struct {
 func membersOf(e intercept.Entry) []MemberState {
 	var all []MemberState
 	for _, m := range e.Members {
-		one := MemberState{User: m.Holder.User, Session: m.Holder.Session, Since: m.Holder.Since}
+		one := MemberState{User: m.Holder.User, Session: m.Holder.Session, Since: m.Holder.Since, Mode: firstOf(e.Mode, api.ModeRouter)}
 		for _, c := range m.Match {
 			one.Match = append(one.Match, c.String())
 		}
@@ -132,7 +134,11 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 				one.Mode = api.ModeSelector
 			}
 			if one.Kind == intercept.Mesh {
-				one.Members = membersOf(entry)
+				one.Mode, one.Members = api.ModeRouter, membersOf(entry)
+			}
+			for _, key := range rulesFor(state, s.Name) {
+				shown[key] = true
+				one.addRule(state.Entries[key])
 			}
 			shown[s.Name] = true
 			all = append(all, one)
@@ -165,15 +171,42 @@ func (c *Cluster) List(ctx context.Context, namespace string) ([]ServiceState, e
 	return all, nil
 }
 
+// rulesFor are the keys of the entries that mesh a Service by rules, in their order.
+func rulesFor(state *intercept.State, service string) []string {
+	var keys []string
+	for key, e := range state.Entries {
+		if e.Service == service && e.Mode != "" {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// addRule adds the member of a mesh by a rule. Who exchanges the Service has the rest.
+func (s *ServiceState) addRule(e intercept.Entry) {
+	if s.Kind == "" {
+		s.Kind, s.State = intercept.Mesh, "active"
+	}
+	switch {
+	case s.Kind != intercept.Mesh:
+	case s.Mode == "":
+		s.Mode = e.Mode
+	case !slices.Contains(strings.Split(s.Mode, ","), e.Mode):
+		s.Mode += "," + e.Mode
+	}
+	s.Members = append(s.Members, membersOf(e)...)
+}
+
 // addSeen adds when the owners' sessions were seen.
 func (c *Cluster) addSeen(ctx context.Context, namespace string, all []ServiceState) error {
 	known := map[string]time.Time{}
 	for k := range all {
 		one := &all[k]
+		if err := c.addMembersSeen(ctx, namespace, one.Members); err != nil {
+			return err
+		}
 		if one.Kind == intercept.Mesh {
-			if err := c.addMembersSeen(ctx, namespace, one.Members); err != nil {
-				return err
-			}
 			for _, m := range one.Members {
 				one.Alive = one.Alive || m.Alive
 				if m.LastSeen.After(one.LastSeen) {

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/culvert-dev/culvert/daemon/api"
 	"github.com/culvert-dev/culvert/wire/intercept"
@@ -55,24 +57,12 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 				"says of port %s that it is %s: the headers of its requests cannot be seen", p, protocolWord(p))
 		}
 	}
-	i.spec.Namespace, i.Key, i.Notes, i.mesh = plan.Namespace, plan.Name, plan.Notes, intercept.Holder{}
-	if r := plan.Record; r != nil {
-		if r.Kind != intercept.Mesh {
-			return heldBy(plan.Namespace, plan.Name, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
-		}
-		i.mesh = intercept.Holder{Session: r.Session, Since: r.Since}
+	if r := plan.Record; r != nil && r.Kind != intercept.Mesh {
+		return heldBy(plan.Namespace, plan.Name, plan.Name, intercept.Holder{Session: r.Session, User: r.User, Origin: r.Origin, Since: r.Since})
 	}
-	if plan.Headless {
-		i.Gate = OwnGate(plan.Name)
-	}
-	i.head = &exchangeHead{c: c, plan: plan, again: plan.reapplied()}
 	state, err := c.GateState(ctx, plan.Namespace)
 	if err != nil {
 		return err
-	}
-	e, ok := state.Entries[i.Key]
-	if ok && e.Kind != intercept.Mesh {
-		return nil
 	}
 	if plan.Record == nil && plan.below.Spec.Selector[LabelGate] != "" {
 		// What serves it now are the gates: they would be their own origin.
@@ -80,23 +70,93 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 			Message: fmt.Sprintf("%s leads to gates, but its annotation %s, which says what served it before, is gone", plan, AnnotationIntercept),
 			Hint:    "try again, a member of the mesh may be putting it back; `culvert recover " + plan.Name + "` makes it what it was"}
 	}
-	if !ok {
-		return nil
+	i.spec.Namespace, i.mesh = plan.Namespace, intercept.Holder{}
+	if err := c.chooseMode(ctx, i, plan); err != nil {
+		return err
 	}
-	if memberOf(e, i.spec.Holder.Session) >= 0 {
+	if i.spec.Mode == api.ModeRouter {
+		err = c.planRouter(i, plan, state)
+	} else {
+		err = c.planRule(ctx, i, plan, state)
+	}
+	i.Notes = plan.Notes
+	if err != nil {
+		return err
+	}
+	return i.checkTaken(state)
+}
+
+// planRouter has all traffic of the Service come to the gates, which tell requests apart.
+func (c *Cluster) planRouter(i *Intercept, plan *ServicePlan, state *intercept.State) error {
+	i.Key = plan.Name
+	if r := plan.Record; r != nil {
+		i.mesh = intercept.Holder{Session: r.Session, Since: r.Since}
+	}
+	if plan.Headless {
+		i.Gate = OwnGate(plan.Name)
+	}
+	i.head = &exchangeHead{c: c, plan: plan, again: plan.reapplied()}
+	if e, ok := state.Entries[i.Key]; ok && e.Kind == intercept.Mesh && memberOf(e, i.spec.Holder.Session) >= 0 {
 		return &api.Error{Code: api.CodeExists, Message: "you mesh Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
 	}
-	return i.checkTaken(e)
+	return nil
+}
+
+// chooseMode makes api.ModeAuto one that the Service is governed by, and refuses what
+// mutual TLS would not let through.
+func (c *Cluster) chooseMode(ctx context.Context, i *Intercept, plan *ServicePlan) (err error) {
+	if i.spec.Mode == "" || i.spec.Mode == api.ModeAuto {
+		if i.spec.Mode, err = c.governedBy(ctx, plan); err != nil {
+			return err
+		}
+	}
+	if i.spec.Mode == api.ModeRouter {
+		return c.checkStrict(ctx, plan, true, "--mode istio --on-gone fail leads only your requests to gates, and nothing from them to its pods; ")
+	}
+	return c.checkStrict(ctx, plan, i.spec.OnGone != intercept.GoneFails, "--on-gone fail answers your requests with 503 while this machine is away, and needs no way to them; ")
+}
+
+// governedBy tells what decides where requests to a Service go: an object that names it,
+// else a proxy beside its pods, else nothing but the cluster itself.
+func (c *Cluster) governedBy(ctx context.Context, plan *ServicePlan) (mode string, err error) {
+	for _, mode := range []string{api.ModeIstio, api.ModeGateway} {
+		r := routers[mode]
+		objects, err := c.client.customs(r.kind(), plan.Namespace).list(ctx)
+		switch {
+		case errors.Is(err, errNoKind):
+			continue
+		case apierrors.IsForbidden(err):
+			plan.note(fmt.Sprintf("whether a %s decides where requests to %s go is not known, since you may not list them (role %s)", r.kind(), plan, meshRole(mode)))
+			continue
+		case err != nil:
+			return "", translate("listing "+r.kind().String(), err)
+		}
+		if slices.ContainsFunc(objects, func(o *unstructured.Unstructured) bool { return r.governs(o, plan.Name, plan.Namespace) }) {
+			return mode, nil
+		}
+		if mode == api.ModeIstio && !plan.Headless {
+			if pod, err := c.sidecar(ctx, plan); err != nil || pod != nil {
+				return mode, err
+			}
+		}
+	}
+	return api.ModeRouter, nil
 }
 
 // checkTaken refuses conditions that another member has: whose a request is would
 // depend on who came first.
-func (i *Intercept) checkTaken(e intercept.Entry) error {
+func (i *Intercept) checkTaken(s *intercept.State) error {
 	exposed := map[int32]bool{}
 	for _, p := range i.Exposed() {
 		exposed[p.Port] = true
 	}
-	for _, m := range e.Members {
+	var members []intercept.Member
+	for _, e := range s.Entries {
+		if e.Kind == intercept.Mesh && e.Service == i.Service() {
+			members = append(members, e.Members...)
+		}
+	}
+	for _, m := range members {
 		same := slices.ContainsFunc(m.Ports, func(p intercept.MemberPort) bool { return exposed[p.Port] })
 		if m.Holder.Session == i.spec.Holder.Session || m.Draining || !same || !intercept.Same(m.Match, i.spec.Match) {
 			continue
@@ -189,6 +249,9 @@ func (i *Intercept) joinMesh(ctx context.Context, progress func(string)) error {
 
 // join is a change of the state.
 func (i *Intercept) join(s *intercept.State) error {
+	if err := i.checkTaken(s); err != nil {
+		return err
+	}
 	e, ok := s.Entries[i.Key]
 	switch {
 	case ok && e.Kind != intercept.Mesh:
@@ -196,9 +259,6 @@ func (i *Intercept) join(s *intercept.State) error {
 	case ok && (e.Draining || len(e.Members) == 0):
 		return &meshEnds{e.Holder}
 	case ok:
-		if err := i.checkTaken(e); err != nil {
-			return err
-		}
 		i.mesh = e.Holder
 	case i.mesh.Session == "": // else somebody deleted the ConfigMap of a mesh that is there
 		i.mesh = intercept.Holder{Session: meshPrefix + randomHex(6), Since: i.spec.Holder.Since}

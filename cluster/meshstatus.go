@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -21,39 +22,51 @@ type MeshStatus struct {
 	Service   string `json:"service"`
 	// Members are all, in the order in which they came.
 	Members []MemberState `json:"members"`
-	// Routes are the Service's ports, summed over Gates pods that answered.
-	Routes []intercept.RouteStatus `json:"routes"`
-	Gates  int                     `json:"gates"`
+	// Routes are the Service's ports, summed over Gates pods that answered. One that a
+	// member has by a rule is another than that of all others.
+	Routes []MeshRoute `json:"routes"`
+	Gates  int         `json:"gates"`
+}
+
+// MeshRoute is one port of a meshed Service at the gates.
+type MeshRoute struct {
+	Port int32  `json:"port"` // of the Service
+	Mode string `json:"mode"` // "router", "istio", ...
+	intercept.RouteStatus
 }
 
 // MeshStatus asks the gates of a meshed Service. Errors are *api.Error; CodeNotFound
 // if nobody meshes it.
 func (c *Cluster) MeshStatus(ctx context.Context, namespace, service string) (*MeshStatus, error) {
 	namespace = firstOf(namespace, c.namespace)
-	e, err := c.meshEntry(ctx, namespace, service)
+	entries, err := c.meshEntries(ctx, namespace, service)
 	if err != nil {
 		return nil, err
 	}
-	statuses, err := c.GateStatuses(ctx, namespace, e.Gate)
-	if err != nil {
-		return nil, err
-	}
-	st := &MeshStatus{Namespace: namespace, Service: e.Service, Gates: len(statuses), Members: membersOf(e)}
-	if err := c.addMembersSeen(ctx, namespace, st.Members); err != nil {
-		return nil, err
-	}
-	for _, r := range e.Routes {
-		sum := intercept.RouteStatus{Key: service, Listen: r.Listen, Protocol: r.Protocol}
-		for _, s := range statuses {
-			for _, one := range s.Routes {
-				if one.Key == service && one.Listen == r.Listen && one.Protocol == r.Protocol {
-					addRoute(&sum, one)
+	st := &MeshStatus{Namespace: namespace, Service: service}
+	asked := map[string]map[string]intercept.GateStatus{}
+	for _, key := range slices.Sorted(maps.Keys(entries)) {
+		e := entries[key]
+		if _, ok := asked[e.Gate]; !ok {
+			if asked[e.Gate], err = c.GateStatuses(ctx, namespace, e.Gate); err != nil {
+				return nil, err
+			}
+			st.Gates += len(asked[e.Gate])
+		}
+		st.Members = append(st.Members, membersOf(e)...)
+		for _, r := range e.Routes {
+			sum := intercept.RouteStatus{Key: key, Listen: r.Listen, Protocol: r.Protocol}
+			for _, s := range asked[e.Gate] {
+				for _, one := range s.Routes {
+					if one.Key == key && one.Listen == r.Listen && one.Protocol == r.Protocol {
+						addRoute(&sum, one)
+					}
 				}
 			}
+			st.Routes = append(st.Routes, MeshRoute{Port: r.Port, Mode: firstOf(e.Mode, api.ModeRouter), RouteStatus: sum})
 		}
-		st.Routes = append(st.Routes, sum)
 	}
-	return st, nil
+	return st, c.addMembersSeen(ctx, namespace, st.Members)
 }
 
 // addRoute adds what one gate counted.
@@ -79,31 +92,33 @@ func addRoute(sum *intercept.RouteStatus, one intercept.RouteStatus) {
 	}
 }
 
-func (c *Cluster) meshEntry(ctx context.Context, namespace, service string) (intercept.Entry, error) {
+// meshEntries are all that mesh a Service, by key.
+func (c *Cluster) meshEntries(ctx context.Context, namespace, service string) (map[string]intercept.Entry, error) {
 	state, err := c.GateState(ctx, namespace)
-	if err != nil {
-		return intercept.Entry{}, err
-	}
-	e, ok := state.Entries[service]
-	if !ok || e.Kind != intercept.Mesh {
-		if _, err := c.findService(ctx, namespace, service); err != nil {
-			return e, err
-		}
-		return e, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("nobody meshes Service %s in namespace %q", service, namespace), Hint: "culvert list"}
-	}
-	return e, nil
-}
-
-// MeshRequests are the newest requests of a meshed Service that its gates remember,
-// oldest first. after has, by gate, the Seq of the last one that is known already,
-// and is brought up to date: nil asks once. Errors are *api.Error.
-func (c *Cluster) MeshRequests(ctx context.Context, namespace, service string, after map[string]int64) ([]intercept.Request, error) {
-	namespace = firstOf(namespace, c.namespace)
-	e, err := c.meshEntry(ctx, namespace, service)
 	if err != nil {
 		return nil, err
 	}
-	pods, err := c.runningGates(ctx, namespace, e.Gate)
+	entries := map[string]intercept.Entry{}
+	for key, e := range state.Entries {
+		if e.Kind == intercept.Mesh && e.Service == service {
+			entries[key] = e
+		}
+	}
+	if len(entries) > 0 {
+		return entries, nil
+	}
+	if _, err := c.findService(ctx, namespace, service); err != nil {
+		return nil, err
+	}
+	return nil, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("nobody meshes Service %s in namespace %q", service, namespace), Hint: "culvert list"}
+}
+
+// MeshRequests are the newest requests of a meshed Service that its gates remember,
+// oldest first. after has, by gate and key, the Seq of the last one that is known
+// already, and is brought up to date: nil asks once. Errors are *api.Error.
+func (c *Cluster) MeshRequests(ctx context.Context, namespace, service string, after map[string]int64) ([]intercept.Request, error) {
+	namespace = firstOf(namespace, c.namespace)
+	entries, err := c.meshEntries(ctx, namespace, service)
 	if err != nil {
 		return nil, err
 	}
@@ -113,25 +128,32 @@ func (c *Cluster) MeshRequests(ctx context.Context, namespace, service string, a
 		trouble error
 		good    int
 	)
-	eachGate(pods, func(pod *corev1.Pod) {
-		mu.Lock()
-		last := after[pod.Name]
-		mu.Unlock()
-		var some []intercept.Request
-		path := fmt.Sprintf("%s?key=%s&after=%d", pathRequests, url.QueryEscape(service), last)
-		err := c.callGate(ctx, namespace, pod.Name, http.MethodGet, path, nil, &some)
-		mu.Lock()
-		defer mu.Unlock()
+	for key, e := range entries {
+		pods, err := c.runningGates(ctx, namespace, e.Gate)
 		if err != nil {
-			trouble = err
-			return
+			return nil, err
 		}
-		good++
-		all = append(all, some...)
-		if n := len(some); n > 0 && after != nil {
-			after[pod.Name] = some[n-1].Seq
-		}
-	})
+		eachGate(pods, func(pod *corev1.Pod) {
+			at := pod.Name + "/" + key
+			mu.Lock()
+			last := after[at]
+			mu.Unlock()
+			var some []intercept.Request
+			path := fmt.Sprintf("%s?key=%s&after=%d", pathRequests, url.QueryEscape(key), last)
+			err := c.callGate(ctx, namespace, pod.Name, http.MethodGet, path, nil, &some)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				trouble = err
+				return
+			}
+			good++
+			all = append(all, some...)
+			if n := len(some); n > 0 && after != nil {
+				after[at] = some[n-1].Seq
+			}
+		})
+	}
 	if good == 0 && trouble != nil {
 		return nil, translate("asking the gates for their requests", trouble)
 	}

@@ -122,7 +122,7 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	}
 	u.Reached(StepOriginDeleted)
 	if service {
-		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key, only))
+		trouble = append(trouble, c.DeleteOrigin(ctx, u.Namespace, u.Key, only), c.deleteMember(ctx, u.Namespace, u.Key, only))
 	}
 	u.Reached(StepPolicyDeleted)
 	trouble = append(trouble, c.DeletePolicies(ctx, u.Namespace, u.Key, only))
@@ -165,6 +165,9 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec, entry intercept.Entr
 	service, err := c.client.Services(u.Namespace).Get(ctx, u.Key, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
+		if entry.Mode != "" { // somebody deleted it, and the rule leads to nothing
+			return ledBack{}, c.removeRules(ctx, u.Namespace, u.Key)
+		}
 		return ledBack{}, nil
 	case err != nil:
 		return ledBack{}, translate(fmt.Sprintf("looking at Service %s in namespace %q", u.Key, u.Namespace), err)
@@ -174,6 +177,13 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec, entry intercept.Entr
 			return ledBack{foreign: true}, nil
 		}
 		return ledBack{led: true, session: service.Labels[LabelSession]}, c.deletePreview(ctx, service)
+	}
+	if isRule(service) {
+		if session := service.Labels[LabelSession]; u.Session != "" && session != u.Session {
+			return ledBack{foreign: true}, nil
+		}
+		u.Say("taking the rule away")
+		return ledBack{led: true, session: service.Labels[LabelSession]}, c.removeRules(ctx, u.Namespace, u.Key)
 	}
 	record, err := RecordOf(service)
 	switch {

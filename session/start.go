@@ -133,6 +133,9 @@ func (x *intercepts) startLocked(ctx context.Context, req api.InterceptRequest, 
 	if err != nil {
 		return nil, err
 	}
+	if req.Kind == api.KindMesh {
+		req.Mode = live.Mode() // auto is one of them by now
+	}
 	i := &intercepted{live: live, state: api.InterceptStarting, notes: live.Notes, saved: saved{
 		ID: live.ID, Token: live.Token, Request: req, Namespace: live.Namespace(), Key: live.Key, Service: live.Service(),
 	}}
@@ -188,7 +191,7 @@ func (s *Session) interceptSpec(req api.InterceptRequest, expose []cluster.Expos
 	}
 	if req.Kind == api.KindMesh {
 		spec.Match, _ = cluster.ParseMatch(req.Match) // checkMesh has read it
-		spec.OnGone, spec.TagResponses = req.OnGone, req.TagResponses
+		spec.Mode, spec.OnGone, spec.TagResponses = req.Mode, req.OnGone, req.TagResponses
 	}
 	return spec
 }
@@ -199,11 +202,9 @@ func checkMesh(req api.InterceptRequest) error {
 		return nil
 	}
 	switch req.Mode {
-	case "", api.ModeAuto, api.ModeRouter:
-	case api.ModeIstio, api.ModeGateway, api.ModeManual:
-		return &api.Error{Code: api.CodeUnsupported, Message: fmt.Sprintf("--mode %s is not built yet", req.Mode), Hint: "--mode router needs neither Istio nor Gateway API"}
+	case "", api.ModeAuto, api.ModeRouter, api.ModeIstio, api.ModeGateway, api.ModeManual:
 	default:
-		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%q is no mode of mesh", req.Mode), Hint: "--mode takes auto and router"}
+		return &api.Error{Code: api.CodeUsage, Message: fmt.Sprintf("%q is no mode of mesh", req.Mode), Hint: "--mode takes auto, router, istio, gateway and manual"}
 	}
 	switch req.OnGone {
 	case "", api.OnGoneOrigin, api.OnGoneFail:

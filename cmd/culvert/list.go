@@ -12,6 +12,7 @@ import (
 
 	"github.com/culvert-dev/culvert/cluster"
 	"github.com/culvert-dev/culvert/daemon/api"
+	"github.com/culvert-dev/culvert/wire/intercept"
 )
 
 func (a *app) listCommand() *cobra.Command {
@@ -75,13 +76,15 @@ func (a *app) listTable(all []cluster.ServiceState) {
 		state, since, seen := "normal", "", ""
 		if s.Kind != "" {
 			state = s.Kind
-			if s.Mode == api.ModeScale {
-				state += " (scale)"
+			if s.Mode == api.ModeScale || s.Kind == intercept.Mesh && s.Mode != api.ModeRouter {
+				state += " (" + s.Mode + ")"
 			}
 			if s.State != "active" {
 				state += " (" + s.State + ")"
 			}
-			since = s.Since.Local().Format("2006-01-02 15:04:05")
+			if !s.Since.IsZero() { // a mesh by rules has members only
+				since = s.Since.Local().Format("2006-01-02 15:04:05")
+			}
 			seen = seenText(s.Alive, s.LastSeen)
 		}
 		t.row(s.Name, state, s.User, since, seen, strings.Join(s.Ports, ", "))

@@ -41,12 +41,17 @@ exactly which requests come; given repeatedly, all must hold:
 Of two developers whose conditions hold for one request, the one with more exact
 conditions gets it, then who came first.
 
-While this machine does not answer, its requests go to the pods, too, unless --on-gone fail.`,
+While this machine does not answer, its requests go to the pods, too, unless --on-gone fail.
+
+Where Istio governs the Service (a VirtualService names it, or its pods have Istio's proxy), or
+Gateway API does (the Service is the parent of an HTTPRoute), a rule there leads marked requests
+to a Service of your own before the gates, and no others come by them: --mode auto finds out.`,
 		Example: examples(a.name, `
 culvert mesh tomcat --expose 8080
 culvert mesh tomcat --expose 8080 --version-mark alice
 culvert mesh shop --expose 3000:80 --version-mark X-Dev:Feature/X
 culvert mesh shop --expose 3000:80 --match cookie:dev=alice --match 'path:/api/*'
+culvert mesh shop --expose 3000:80 --mode istio
 culvert mesh --show shop`),
 		Args: exactlyOne("a Service", "tomcat --expose 8080"),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
@@ -69,7 +74,7 @@ culvert mesh --show shop`),
 	flags := cmd.Flags()
 	flags.StringVar(&mark, "version-mark", "", "the mark: `KEY:VALUE`, VALUE (of "+defaultMark+") or KEY: (a random value)")
 	flags.StringArrayVar(&f.req.Match, "match", nil, "a `CONDITION` that requests must fulfil (see above); repeated: all of them")
-	flags.StringVar(&f.req.Mode, "mode", api.ModeAuto, "auto, or router: requests are told apart by culvert's own gates")
+	flags.StringVar(&f.req.Mode, "mode", api.ModeAuto, "who tells requests apart: router (culvert's own gates), istio (a rule in a VirtualService), gateway (in an HTTPRoute), manual (a rule of your own), or auto (see above)")
 	flags.StringVar(&f.req.OnGone, "on-gone", api.OnGoneOrigin, "who answers your requests while this machine does not: origin, or fail (503)")
 	flags.BoolVar(&f.req.TagResponses, "tag-responses", false, "add the header "+intercept.ServedByHeader+" to what this machine answers")
 	flags.BoolVar(&show, "show", false, "show who meshes SERVICE, and what came to whom")
@@ -78,7 +83,7 @@ culvert mesh --show shop`),
 	flags.DurationVar(&wait, "wait", 0, "when somebody else has the mark: wait so long for its end")
 	flags.DurationVar(&f.req.Drain, "drain", 0, "at the end: how long open requests have to end (default 30s)")
 	f.add(cmd, true)
-	complete(cmd, "mode", fixedCompletion(api.ModeAuto, api.ModeRouter))
+	complete(cmd, "mode", fixedCompletion(api.ModeAuto, api.ModeRouter, api.ModeIstio, api.ModeGateway, api.ModeManual))
 	complete(cmd, "on-gone", fixedCompletion(api.OnGoneOrigin, api.OnGoneFail))
 	complete(cmd, "on-local-refused", fixedCompletion(api.OnRefusedOrigin, api.OnRefusedRefuse))
 	complete(cmd, "on-conflict", fixedCompletion(api.OnConflictReplay, api.OnConflictLeave))
@@ -89,11 +94,9 @@ culvert mesh --show shop`),
 // to the conditions.
 func (f *interceptFlags) checkMesh(name, mark string) error {
 	switch f.req.Mode {
-	case api.ModeAuto, api.ModeRouter:
-	case api.ModeIstio, api.ModeGateway, api.ModeManual:
-		return usageErrorf("--mode router needs nothing of the cluster, but does not see what Istio has encrypted", "--mode %s is not built yet", f.req.Mode)
+	case api.ModeAuto, api.ModeRouter, api.ModeIstio, api.ModeGateway, api.ModeManual:
 	default:
-		return usageErrorf("auto or router", "--mode %q is unknown", f.req.Mode)
+		return usageErrorf("auto, router, istio, gateway or manual", "--mode %q is unknown", f.req.Mode)
 	}
 	if g := f.req.OnGone; g != api.OnGoneOrigin && g != api.OnGoneFail {
 		return usageErrorf("origin or fail", "--on-gone %q is unknown", g)

@@ -63,7 +63,6 @@ func TestCheckMesh(t *testing.T) {
 		}
 	}
 	for words, change := range map[string]func(*api.InterceptRequest){
-		"not built":      func(r *api.InterceptRequest) { r.Mode = api.ModeIstio },
 		`"fast"`:         func(r *api.InterceptRequest) { r.Mode = "fast" },
 		`"never"`:        func(r *api.InterceptRequest) { r.OnGone = "never" },
 		"no --expose":    func(r *api.InterceptRequest) { r.Expose = nil },
@@ -133,12 +132,11 @@ func TestShowMesh(t *testing.T) {
 	}
 	out.Reset()
 	a.meshTable(&cluster.MeshStatus{Service: "shop", Gates: 2,
-		Members: []cluster.MemberState{{User: "alice", Session: "s1", Match: []string{"header:VERSION=alice"}, Ports: []string{"80/TCP -> alice:3000", "81/TCP -> alice:3001"}, Alive: true},
+		Members: []cluster.MemberState{{User: "alice", Session: "s1", Mode: "router", Match: []string{"header:VERSION=alice"}, Ports: []string{"80/TCP -> alice:3000", "81/TCP -> alice:3001"}, Alive: true},
 			{Session: "s2", Ports: []string{"80/TCP -> s2:3000"}}},
-		Routes: []intercept.RouteStatus{{Listen: 20001, Protocol: "TCP", RequestsToOrigin: 7, OpenToOrigin: 3, Members: []intercept.MemberStatus{{Session: "s1", Machine: "accepted", Requests: 5, Open: 1, ToOrigin: 2}}},
-			{Listen: 20002, Protocol: "TCP", RequestsToOrigin: 1, Refused: 4, Members: []intercept.MemberStatus{{Session: "s1", Requests: 9}}}}},
-		[]intercept.Route{{Listen: 20001, Port: 80, Protocol: "TCP"}, {Listen: 20002, Port: 81, Protocol: "TCP"}})
-	for _, words := range []string{"alice  header:VERSION=alice", "alive", "accepted  5 ", " 9 ", "All others: 8 requests to the pods of shop by 2 gates; 3 connections", "s2",
+		Routes: []cluster.MeshRoute{{Port: 80, Mode: "router", RouteStatus: intercept.RouteStatus{Listen: 20001, Protocol: "TCP", RequestsToOrigin: 7, OpenToOrigin: 3, Members: []intercept.MemberStatus{{Session: "s1", Machine: "accepted", Requests: 5, Open: 1, ToOrigin: 2}}}},
+			{Port: 81, Mode: "router", RouteStatus: intercept.RouteStatus{Listen: 20002, Protocol: "TCP", RequestsToOrigin: 1, Refused: 4, Members: []intercept.MemberStatus{{Session: "s1", Requests: 9}}}}}})
+	for _, words := range []string{"alice  router  header:VERSION=alice", "alive", "accepted  5 ", " 9 ", "All others: 8 requests to the pods of shop by 2 gates; 3 connections", "s2",
 		"  81/TCP: 1 requests, 0 connections open", "4 times neither"} {
 		if !strings.Contains(strings.ReplaceAll(out.String(), "   ", "  "), words) {
 			t.Errorf("no %q in\n%s", words, out.String())

@@ -31,11 +31,7 @@ func (a *app) showMesh(ctx context.Context, service string) error {
 	if a.json() {
 		return a.printIndented(m)
 	}
-	state, err := c.GateState(ctx, c.Namespace())
-	if err != nil {
-		return err
-	}
-	a.meshTable(m, state.Entries[service].Routes)
+	a.meshTable(m)
 	return nil
 }
 
@@ -44,29 +40,20 @@ func serviceName(target string) string {
 	return strings.TrimPrefix(strings.TrimPrefix(target, "service/"), "svc/")
 }
 
-// meshTable has a line for each member and port. routes say which port of the Service
-// is which of the gates'.
-func (a *app) meshTable(m *cluster.MeshStatus, routes []intercept.Route) {
-	counted := func(port string) (r intercept.RouteStatus) {
-		for _, route := range routes {
-			if at := slices.IndexFunc(m.Routes, func(s intercept.RouteStatus) bool {
-				return s.Listen == route.Listen && s.Protocol == route.Protocol
-			}); at >= 0 && portOf(route) == port {
-				return m.Routes[at]
-			}
-		}
-		return r // somebody changes the mesh right now
-	}
+// meshTable has a line for each member and port.
+func (a *app) meshTable(m *cluster.MeshStatus) {
 	t := newTable(a.out)
-	t.row("BY", "REQUESTS WITH", "PORT", "SINCE", "SEEN", "MACHINE", "SERVED", "OPEN", "TO ORIGIN", "FAILED")
+	t.row("BY", "MODE", "REQUESTS WITH", "PORT", "SINCE", "SEEN", "MACHINE", "SERVED", "OPEN", "TO ORIGIN", "FAILED")
 	for _, one := range m.Members {
-		who := []string{cmp.Or(one.User, one.Session), strings.Join(one.Match, " and "), one.Since.Local().Format("2006-01-02 15:04:05"), seenText(one.Alive, one.LastSeen)}
+		who := []string{cmp.Or(one.User, one.Session), one.Mode, strings.Join(one.Match, " and "), one.Since.Local().Format("2006-01-02 15:04:05"), seenText(one.Alive, one.LastSeen)}
 		for _, text := range one.Ports {
 			port, _, _ := strings.Cut(text, " ")
-			row := []string{who[0], who[1], text, who[2], who[3], "", "-", "-", "-", "-"}
-			for _, s := range counted(port).Members {
-				if s.Session == one.Session {
-					row = append(row[:5], s.Machine, fmt.Sprint(s.Requests), fmt.Sprint(s.Open), fmt.Sprint(s.ToOrigin), fmt.Sprint(s.Failed))
+			row := []string{who[0], who[1], who[2], text, who[3], who[4], "", "-", "-", "-", "-"}
+			for _, route := range m.Routes {
+				for _, s := range route.Members {
+					if s.Session == one.Session && portOf(route) == port {
+						row = append(row[:6], s.Machine, fmt.Sprint(s.Requests), fmt.Sprint(s.Open), fmt.Sprint(s.ToOrigin), fmt.Sprint(s.Failed))
+					}
 				}
 			}
 			t.row(row...)
@@ -78,10 +65,14 @@ func (a *app) meshTable(m *cluster.MeshStatus, routes []intercept.Route) {
 	for _, r := range m.Routes {
 		sum.RequestsToOrigin, sum.OpenToOrigin, sum.Refused = sum.RequestsToOrigin+r.RequestsToOrigin, sum.OpenToOrigin+r.OpenToOrigin, sum.Refused+r.Refused
 	}
+	if !slices.ContainsFunc(m.Routes, func(r cluster.MeshRoute) bool { return r.Mode == api.ModeRouter }) {
+		fmt.Fprintf(a.out, "All others go to the pods of %s without coming by gates.\n", printable(m.Service))
+		return
+	}
 	fmt.Fprintf(a.out, "All others: %d requests to the pods of %s by %d gates; %d connections of clients are open.\n", sum.RequestsToOrigin, printable(m.Service), m.Gates, sum.OpenToOrigin)
-	for _, route := range routes {
-		if r := counted(portOf(route)); len(routes) > 1 && r.Listen != 0 {
-			fmt.Fprintf(a.out, "  %s: %d requests, %d connections open\n", portOf(route), r.RequestsToOrigin, r.OpenToOrigin)
+	for _, r := range m.Routes {
+		if r.Mode == api.ModeRouter && len(m.Routes) > 1 {
+			fmt.Fprintf(a.out, "  %s: %d requests, %d connections open\n", portOf(r), r.RequestsToOrigin, r.OpenToOrigin)
 		}
 	}
 	if sum.Refused > 0 {
@@ -90,7 +81,7 @@ func (a *app) meshTable(m *cluster.MeshStatus, routes []intercept.Route) {
 }
 
 // portOf is a port of the Service as MemberState.Ports begin.
-func portOf(r intercept.Route) string { return fmt.Sprintf("%d/%s", r.Port, r.Protocol) }
+func portOf(r cluster.MeshRoute) string { return fmt.Sprintf("%d/%s", r.Port, r.Protocol) }
 
 // seenText is when a session was seen last.
 func seenText(alive bool, last time.Time) string {

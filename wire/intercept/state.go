@@ -27,7 +27,11 @@ type Entry struct {
 	Service string `json:"service"` // its name; of Scale: WORKLOADKIND/NAME
 	// Gate is the name of the gates' Deployment that serves it: GateName, or one
 	// of its own.
-	Gate   string  `json:"gate"`
+	Gate string `json:"gate"`
+	// Mode of a Mesh says who tells requests apart before they come to the gates:
+	// ModeIstio, ...; then its key is a Service of the one member's own, and Service the
+	// one that is meshed. Empty: nobody does, and all of the Service's come.
+	Mode   string  `json:"mode,omitempty"`
 	Holder Holder  `json:"holder"`
 	Routes []Route `json:"routes"`
 	// Members are the developers of a Mesh, in the order in which they came; Holder
@@ -42,6 +46,13 @@ type Entry struct {
 	// nobody at its end and is reset.
 	Over bool `json:"over,omitempty"`
 }
+
+// Entry.Mode of a Mesh.
+const (
+	ModeIstio   = "istio"   // a rule in a VirtualService
+	ModeGateway = "gateway" // a rule in an HTTPRoute of Gateway API
+	ModeManual  = "manual"  // a rule that the user makes
+)
 
 // GateName is the Deployment that serves a namespace; its ConfigMap has the same
 // name.
