@@ -240,7 +240,7 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		if e, ok := s.Entries[i.Key]; !ok || e.Draining {
 			return i.endedMeanwhile()
 		}
-		return i.fill(s, origins, i.backends)
+		return i.fill(s, origins, i.standIns())
 	})
 	if err != nil {
 		return err
@@ -274,6 +274,15 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		return i.endedMeanwhile()
 	}
 	return nil
+}
+
+// standIns are the pods that stand in for the origin's address until every node knows
+// it: of a mesh by a rule it is none that is new.
+func (i *Intercept) standIns() map[PortKey][]string {
+	if _, ok := i.head.(*ruleHead); ok {
+		return nil
+	}
+	return i.backends
 }
 
 // lock adds the entry.

@@ -264,57 +264,59 @@ func (c *Cluster) sidecar(ctx context.Context, plan *ServicePlan) (*corev1.Pod, 
 }
 
 // strict tells which port of a pod with a proxy takes nothing but mutual TLS, 0 for
-// none; known is false where the objects that say so may not be read
-// (https://istio.io/latest/docs/reference/config/security/peer_authentication/).
+// none; known is false where the objects that say so may not be read.
 func (c *Cluster) strict(ctx context.Context, plan *ServicePlan, pod *corev1.Pod) (port int32, known bool, err error) {
 	known = true
-	best, rank := "", -1
-	var byPort map[string]any
+	var all []*unstructured.Unstructured
 	for _, ns := range []string{istioRoot, plan.Namespace} {
-		all, err := c.client.customs(peerAuthentications, ns).list(ctx)
+		some, err := c.client.customs(peerAuthentications, ns).list(ctx)
 		switch {
 		case errors.Is(err, errNoKind):
 			return 0, true, nil
 		case apierrors.IsForbidden(err):
 			known = false
-			continue
 		case err != nil:
 			return 0, false, translate("listing PeerAuthentications in namespace "+ns, err)
 		}
-		for _, o := range all {
-			selected, narrow, _ := unstructured.NestedStringMap(o.Object, "spec", "selector", "matchLabels")
-			narrow = narrow && len(selected) > 0
-			if narrow && (ns != plan.Namespace || !labels.SelectorFromSet(selected).Matches(labels.Set(pod.Labels))) {
-				continue
+		all = append(all, some...)
+	}
+	return strictPort(all, plan.Namespace, pod.Labels, plan.Ports), known, nil
+}
+
+// strictPort finds the first port that takes nothing but mutual TLS at a pod: what
+// selects the pod goes before what is for the namespace, and that before what is for
+// all (https://istio.io/latest/docs/reference/config/security/peer_authentication/).
+func strictPort(all []*unstructured.Unstructured, namespace string, pod map[string]string, ports []PlanPort) int32 {
+	best, rank := "", -1
+	var byPort map[string]any
+	for _, o := range all {
+		selected, _, _ := unstructured.NestedStringMap(o.Object, "spec", "selector", "matchLabels")
+		at := 0
+		switch {
+		case len(selected) > 0 && (o.GetNamespace() != namespace || !labels.SelectorFromSet(selected).Matches(labels.Set(pod))):
+			continue
+		case len(selected) > 0:
+			at = 2
+			if some, ok, _ := unstructured.NestedMap(o.Object, "spec", "portLevelMtls"); ok {
+				byPort = some
 			}
-			mode, _, _ := unstructured.NestedString(o.Object, "spec", "mtls", "mode")
-			at := 0
-			switch {
-			case narrow:
-				at = 2
-			case ns == plan.Namespace:
-				at = 1
-			}
-			if narrow {
-				if ports, ok, _ := unstructured.NestedMap(o.Object, "spec", "portLevelMtls"); ok {
-					byPort = ports
-				}
-			}
-			if mode != "" && mode != "UNSET" && at > rank {
-				best, rank = mode, at
-			}
+		case o.GetNamespace() == namespace:
+			at = 1
+		}
+		if mode, _, _ := unstructured.NestedString(o.Object, "spec", "mtls", "mode"); mode != "" && mode != "UNSET" && at > rank {
+			best, rank = mode, at
 		}
 	}
-	for _, p := range plan.Ports {
+	for _, p := range tcpPorts(ports) {
 		mode := best
 		if m, ok := byPort[fmt.Sprint(p.Number)].(map[string]any); ok {
 			mode, _ = m["mode"].(string)
 		}
-		if mode == "STRICT" && p.Protocol == corev1.ProtocolTCP {
-			return p.Port, known, nil
+		if mode == "STRICT" {
+			return p.Port
 		}
 	}
-	return 0, known, nil
+	return 0
 }
 
 // checkStrict refuses what has to reach the Service's pods by way of gates, where

@@ -82,13 +82,18 @@ func TestMeshReappliedByAnother(t *testing.T) {
 
 func putMesh(t *testing.T, server *fleetAPI, e intercept.Entry) {
 	t.Helper()
+	putMeshAt(t, server, "web", e)
+}
+
+func putMeshAt(t *testing.T, server *fleetAPI, key string, e intercept.Entry) {
+	t.Helper()
 	text, err := json.Marshal(e)
 	if err != nil {
 		t.Fatal(err)
 	}
 	server.put(&corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{Name: intercept.GateName, Namespace: "demo", Labels: map[string]string{LabelManagedBy: "culvert"}},
-		Data:       map[string]string{generationKey: "1", "web" + entrySuffix: string(text)},
+		Data:       map[string]string{generationKey: "1", key + entrySuffix: string(text)},
 	})
 }
 

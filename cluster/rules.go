@@ -184,15 +184,40 @@ func (c *Cluster) changeRules(ctx context.Context, objects *customs, r router, o
 	if err != nil || isOurs(o) {
 		return changed, err
 	}
-	before := slices.DeleteFunc(slices.Clone(o.GetManagedFields()), func(e metav1.ManagedFieldsEntry) bool { return e.Manager == fieldManager })
-	if len(before) == 0 {
-		return changed, nil
+	return c.ownedAsBefore(ctx, objects, o, changed), nil
+}
+
+// ownedAsBefore gives the fields of changed, which culvert just made of before, to whom
+// they belonged. That it was refused to the end is no error: the rules count, and an
+// owner's apply says that culvert has them.
+func (c *Cluster) ownedAsBefore(ctx context.Context, objects *customs, before, changed *unstructured.Unstructured) *unstructured.Unstructured {
+	isOwn := func(e metav1.ManagedFieldsEntry) bool { return e.Manager == fieldManager && e.Subresource == "" }
+	live := changed
+	for range ruleTries {
+		entries := slices.DeleteFunc(slices.Clone(live.GetManagedFields()), isOwn)
+		if live.GetGeneration() == changed.GetGeneration() { // else somebody else changed it meanwhile, and owns that
+			entries = slices.DeleteFunc(entries, func(e metav1.ManagedFieldsEntry) bool { return e.Subresource == "" })
+			for _, e := range before.GetManagedFields() {
+				if e.Subresource == "" && !isOwn(e) {
+					entries = append(entries, e)
+				}
+			}
+		}
+		if len(entries) == 0 {
+			return live
+		}
+		owned, err := objects.patch(ctx, live, set("/metadata/managedFields", entries))
+		if err == nil {
+			return owned
+		}
+		if !apierrors.IsConflict(err) {
+			return live
+		}
+		if live, err = objects.get(ctx, changed.GetName()); err != nil { // a controller wrote its status
+			return changed
+		}
 	}
-	owned, err := objects.patch(ctx, changed, set("/metadata/managedFields", before))
-	if err != nil { // somebody changed it meanwhile; the rule counts
-		return changed, nil
-	}
-	return owned, nil
+	return live
 }
 
 // governing are the objects that decide where requests to a Service go, oldest first:

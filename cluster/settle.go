@@ -36,6 +36,9 @@ const (
 // when they reach it. An intercept that is not settled works; but when pods of the
 // origin change, their addresses may become others'.
 func (i *Intercept) settle(ctx context.Context) error {
+	if _, ok := i.head.(*ruleHead); ok {
+		return nil // its origin is as old as the Service
+	}
 	state, err := i.c.GateState(ctx, i.spec.Namespace)
 	if err != nil {
 		return err

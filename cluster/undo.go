@@ -114,7 +114,7 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 		gate = firstOf(back.gate, entry.Gate, OwnGate(u.Key))
 		trouble = append(trouble, c.DeleteGates(ctx, u.Namespace, gate))
 	case known:
-		trouble = append(trouble, c.drain(ctx, u, gate, back.led))
+		trouble = append(trouble, c.drain(ctx, u, gate, back.led, entry.Mode != "" && !u.Dead))
 	}
 	only := "" // with the entry, all that bears the Service's name
 	if !known {
@@ -222,12 +222,21 @@ func (c *Cluster) markDraining(ctx context.Context, u UndoSpec, session string, 
 }
 
 // drain has the gates lead new connections to the origin, and waits for the open
-// ones: at least until every node knows that the gates are out of it.
-func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led bool) error {
+// ones: at least until every node knows that the gates are out of it. byRule: clients
+// themselves chose to come, and do so until they know; only then are connections asked
+// to end, since a client whose every connection ends as it begins fails.
+func (c *Cluster) drain(ctx context.Context, u UndoSpec, gate string, led, byRule bool) error {
 	if !led {
 		return nil // no connection ever came
 	}
 	begun := time.Now()
+	if byRule {
+		select {
+		case <-time.After(linger):
+		case <-ctx.Done():
+			return translate("waiting for clients to go by the rules that are left", ctx.Err())
+		}
+	}
 	state, err := c.GateState(ctx, u.Namespace)
 	if err != nil {
 		return err

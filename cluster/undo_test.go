@@ -15,7 +15,7 @@ func TestDrainOfMuteGates(t *testing.T) {
 		t.Fatal(err)
 	}
 	begun := time.Now()
-	err := c.drain(t.Context(), UndoSpec{Namespace: "demo", Key: "web", Say: func(string) {}}, "culvert-gate", true)
+	err := c.drain(t.Context(), UndoSpec{Namespace: "demo", Key: "web", Say: func(string) {}}, "culvert-gate", true, false)
 	if err == nil {
 		t.Error("that a gate did not answer is not told")
 	}

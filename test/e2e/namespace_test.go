@@ -16,7 +16,9 @@ import (
 
 // namespaceKinds are all kinds of objects that a namespace can hold, but for what
 // changes by itself.
-var namespaceKinds = sync.OnceValues(func() (string, error) {
+var namespaceKinds = sync.OnceValues(listKinds)
+
+func listKinds() (string, error) {
 	r := lab.Kubectl("", nil, "api-resources", "--namespaced", "--verbs=list", "-o", "name")
 	if r.Code != 0 {
 		return "", fmt.Errorf("listing the kinds of objects: %v", r)
@@ -25,7 +27,7 @@ var namespaceKinds = sync.OnceValues(func() (string, error) {
 		return slices.Contains([]string{"events", "events.events.k8s.io", "endpoints", "endpointslices.discovery.k8s.io"}, kind)
 	})
 	return strings.Join(kinds, ","), nil
-})
+}
 
 // listNamespace is all objects of a namespace, a line for each field that is a
 // leaf. Pods count by what they are like: those that were re-created have other
