@@ -39,6 +39,10 @@ binaries: ## bin/culvert, bin/culvertd, bin/culvert-agent
 cluster: ## bin/testcluster and what it runs (installs Debian packages that are missing)
 	@$(MAKE) --no-print-directory -C test/cluster packages build MORE_PACKAGES="$(TEST_PACKAGES)"
 
+.PHONY: istio
+istio: ## Istio's control plane, for tests only
+	@$(MAKE) --no-print-directory -C test/cluster istio
+
 .PHONY: image
 image: ## dist/culvert-agent.tar: the agent's OCI image for amd64 and arm64, no Docker
 	@mkdir -p dist
@@ -58,7 +62,7 @@ cluster-test: cluster ## the test cluster's own tests: clusters come, break and 
 	$(MAKE) --no-print-directory -C test/cluster test CLUSTER=1 MORE_PACKAGES="$(TEST_PACKAGES)"
 
 .PHONY: e2e
-e2e: build ## the whole product on a real cluster, as ordinary users
+e2e: build istio ## the whole product on a real cluster, as ordinary users
 	$(GO) test -count=1 -timeout 65m -tags e2e -v ./test/e2e
 
 .PHONY: test

@@ -77,6 +77,7 @@ func (c *Cluster) planRule(ctx context.Context, i *Intercept, plan *ServicePlan,
 		h.members = append(h.members, key)
 	}
 	if h.router == nil {
+		plan.note(fmt.Sprintf("no rule leads requests here yet: have one of your own lead those with the mark to Service %s.%s, which has the ports of %s", h.name, plan.Namespace, plan.Name))
 		return nil
 	}
 	objects := c.client.customs(h.router.kind(), plan.Namespace)

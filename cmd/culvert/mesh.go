@@ -168,9 +168,12 @@ func (a *app) showMeshed(i api.Intercept, onGone string, only bool) {
 		expression = expression || c.How == intercept.Regex
 		fmt.Fprintln(a.out, "  "+text)
 	}
-	if len(i.Ports) > 0 {
+	if len(i.Ports) > 0 && i.Mode != api.ModeManual {
 		try := "Try it:"
-		if only {
+		switch {
+		case i.Mode == api.ModeIstio, i.Mode == api.ModeGateway:
+			try = "Try it, from a pod that the rule holds for, such as one with Istio's proxy (it does not for this machine's own requests):"
+		case only:
 			try = "Try it, from a pod of the cluster or after `" + a.name + " connect`:"
 		}
 		if expression {

@@ -114,6 +114,7 @@ func TestShowMesh(t *testing.T) {
 	for _, c := range []struct {
 		req   api.InterceptRequest
 		only  bool
+		mode  string
 		words []string
 	}{
 		{words: []string{"Meshed shop", "VERSION: alice", "Try it:", "curl -H 'VERSION: alice' 'http://shop.demo/'", "nothing listens at localhost:3000",
@@ -121,8 +122,10 @@ func TestShowMesh(t *testing.T) {
 		{req: api.InterceptRequest{OnGone: api.OnGoneFail}, only: true,
 			words: []string{"Try it, from a pod of the cluster or after `culvert connect`:", "something does, those requests are answered with 503", "its requests get status 503"}},
 		{req: api.InterceptRequest{OnLocalRefused: api.OnRefusedRefuse}, words: []string{"something does, those requests are answered with 502"}},
+		{mode: api.ModeIstio, words: []string{"from a pod that the rule holds for", "curl -H"}},
 	} {
 		out.Reset()
+		alice.Mode = c.mode
 		a.showIntercept(alice, c.req, c.only, time.Second)
 		for _, words := range c.words {
 			if !strings.Contains(out.String(), words) {

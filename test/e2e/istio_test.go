@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -25,10 +26,8 @@ const xdsPort = 15010
 // istioBin is a file that `make -C test/cluster istio` made.
 func istioBin(name string) string { return filepath.Join(lab.Repo, "test", "cluster", "bin", name) }
 
-// startIstio has the cluster know the kinds of Istio and Gateway API, and runs Istio's
-// control plane at the laptop until the test ends. There are no proxies: clients of
-// gRPC are routed by it themselves (xDS).
-func startIstio(t *testing.T) {
+// knowRules has the cluster know the kinds of Istio and Gateway API until the test ends.
+func knowRules(t *testing.T) {
 	t.Helper()
 	kubectl(t, "apply", "--server-side", "-f", istioBin("istio-crds.yaml"), "-f", istioBin("gateway-crds.yaml"))
 	t.Cleanup(func() {
@@ -36,9 +35,15 @@ func startIstio(t *testing.T) {
 	})
 	namespaceKinds = sync.OnceValues(listKinds)
 	t.Cleanup(func() { namespaceKinds = sync.OnceValues(listKinds) })
-	apply(t, "apiVersion: v1\nkind: Namespace\nmetadata: {name: istio-system}\n")
 	kubectl(t, "wait", "--for=condition=Established", "crd", "virtualservices.networking.istio.io", "httproutes.gateway.networking.k8s.io", "--timeout=30s")
+}
 
+// startIstio runs Istio's control plane at the laptop until the test ends. There are no
+// proxies: clients of gRPC are routed by it themselves (xDS).
+func startIstio(t *testing.T) {
+	t.Helper()
+	knowRules(t)
+	apply(t, "apiVersion: v1\nkind: Namespace\nmetadata: {name: istio-system}\n")
 	dir := t.TempDir()
 	mesh := filepath.Join(dir, "mesh.yaml")
 	if err := os.WriteFile(mesh, []byte("rootNamespace: istio-system\ntrustDomain: cluster.local\n"), 0o644); err != nil {
@@ -298,11 +303,11 @@ func (x ruled) test(t *testing.T, alice, bob developer, mesh func(string, ...str
 		begun := time.Now()
 		routes(t, "calls", "alice", 15*time.Second, "version:alice")
 		t.Logf("a client knows after %v", time.Since(begun))
-		bob.intercept(t, mesh("bob", "--match", "path:/testapp.Echo/Unary")...)
-		routes(t, "calls", "bob", 15*time.Second, "version:bob")
 		if r := bob.culvert(mesh("alice")...); r.Code != 1 || !strings.Contains(r.Stderr, "alice") {
 			t.Errorf("Bob takes Alice's mark: %v", r)
 		}
+		bob.intercept(t, mesh("bob", "--match", "path:/testapp.Echo/Unary")...)
+		routes(t, "calls", "bob", 15*time.Second, "version:bob")
 		r := bob.culvert("list")
 		for _, word := range []string{"mesh (" + x.mode + ")", "header:VERSION=alice", "header:VERSION=bob"} {
 			if !strings.Contains(r.Stdout, word) {
@@ -321,9 +326,13 @@ func (x ruled) test(t *testing.T, alice, bob developer, mesh func(string, ...str
 		routes(t, "calls", "cart-*", 2*time.Second, "version:alice")
 		if got := plain(); len(got.Failed) > 0 || strings.Contains(only(got.Servers), "alice") {
 			t.Errorf("calls without a mark: %+v", got)
+		} else {
+			t.Logf("calls without a mark, 0 failed: %v", got.Servers)
 		}
 		if got := marked(); len(got.Failed) > 0 || got.Servers["alice"] == 0 {
 			t.Errorf("calls with Alice's mark: %+v", got)
+		} else {
+			t.Logf("calls with Alice's mark, 0 failed: %v", got.Servers)
 		}
 		sameLines(t, before, 20*time.Second, func() []string { return shopOfOthers(t) })
 	})
@@ -368,4 +377,146 @@ func (x ruled) test(t *testing.T, alice, bob developer, mesh func(string, ...str
 		ownerApplies(t, x.owner)
 		sameLines(t, before, 20*time.Second, func() []string { return shopOfOthers(t) })
 	})
+}
+
+// cartRules are the owner's objects for the Service cart.
+const cartRules = `
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: cart, namespace: shop}
+spec: {hosts: [cart], http: [{route: [{destination: {host: cart, port: {number: 80}}}]}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: cart, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: cart, port: 80}]
+  rules: [{backendRefs: [{name: cart, port: 80}]}]
+`
+
+// TestMeshByRulesKilled: a session is killed at a step, and what it was about to do, or
+// to undo, is undone by its daemon, or by anybody else; no rule leads to nothing.
+func TestMeshByRulesKilled(t *testing.T) {
+	unchangedShop(t)
+	knowRules(t)
+	apply(t, mayMesh)
+	ownerApplies(t, cartRules)
+	t.Cleanup(func() { kubectl(t, "-n", "shop", "delete", "virtualservice,httproute", "cart") })
+	alice, bob := aliceAt(t), bobNextDoor(t)
+	alice.serve(t, "127.0.0.1")
+	before := listNamespace(t, "shop")
+	for _, c := range []struct{ mode, step string }{
+		{"istio", "switch"}, {"istio", "active"}, {"istio", "restore"}, {"istio", "drain"}, {"istio", "origin-deleted"}, {"istio", "entry-removed"},
+		{"gateway", "active"}, {"gateway", "drain"}, {"manual", "active"},
+	} {
+		t.Run(c.mode+" "+c.step, func(t *testing.T) {
+			one := &walk{developer: alice, service: "cart", address: cartPort(t, 80), mesh: true, mode: c.mode}
+			if c.step == "active" {
+				if r := one.at("kill", c.step, "expose", "8080"); r.Code != 0 {
+					t.Fatalf("expose: %v", r)
+				}
+			}
+			if err := one.prepare("kill", c.step); err != nil {
+				t.Fatal(err)
+			}
+			r := <-one.last("kill", c.step)
+			t.Logf("killed: %s", strings.TrimSpace(r.Stderr))
+			if c.step == "active" { // and his daemon: nobody of his is left
+				var pid int
+				eventually(t, 10*time.Second, func() error { // the daemon started another
+					if pid = alice.pid(); pid == 0 {
+						return errors.New("there is no session")
+					}
+					return nil
+				})
+				if err := lab.KillWith(pid); err != nil {
+					t.Fatal(err)
+				}
+				if r := bob.culvert("recover", "cart", "--force"); r.Code != 0 || !strings.Contains(r.Stdout, "its own again") {
+					t.Errorf("recover: %v", r)
+				}
+				if left := kubectl(t, "-n", "shop", "get", "virtualservices,httproutes,services", "-o", "yaml"); strings.Contains(left, "cart-culvert-") {
+					t.Errorf("after recover there is %s", left)
+				}
+				if err := lab.StartDaemon(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			eventually(t, 20*time.Second, func() error {
+				if r := alice.Culvert(alice.user, "disconnect"); r.Code != 0 {
+					return fmt.Errorf("disconnect: %v", r)
+				}
+				return one.nobodyHere()
+			})
+			sameNamespace(t, "shop", before, 30*time.Second)
+		})
+	}
+}
+
+// proxiedShop is a workload with a container of the name that Istio's proxy has, and a
+// PeerAuthentication by which that would take nothing but mutual TLS.
+const proxiedShop = `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: proxied, namespace: shop}
+spec:
+  selector: {matchLabels: {app: proxied}}
+  template:
+    metadata: {labels: {app: proxied}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      securityContext: {runAsNonRoot: true, runAsUser: 65534, seccompProfile: {type: RuntimeDefault}}
+      containers:
+      - {name: app, image: "testapp.local/testapp:1", args: [serve], securityContext: &s {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}}
+      - {name: istio-proxy, image: "testapp.local/busybox:1", command: [sleep, "3600"], securityContext: *s}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: proxied, namespace: shop}
+spec: {selector: {app: proxied}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: all, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+`
+
+// TestMeshStrict: what could not reach pods that take nothing but mutual TLS is refused
+// before anything changes, and what needs no way to them works.
+func TestMeshStrict(t *testing.T) {
+	unchangedShop(t)
+	knowRules(t)
+	apply(t, mayMesh)
+	apply(t, proxiedShop)
+	kubectl(t, "-n", "shop", "rollout", "status", "deployment/proxied", "--timeout=60s")
+	alice := aliceAt(t)
+	alice.connect(t)
+	alice.serve(t, "127.0.0.1")
+	before := shopOfOthers(t)
+	for _, args := range [][]string{
+		{"exchange", "proxied", "--expose", "8080:80"},
+		{"mesh", "proxied", "--expose", "8080:80"},
+		{"mesh", "proxied", "--expose", "8080:80", "--mode", "router", "--on-gone", "fail"},
+		{"mesh", "proxied", "--expose", "8080:80", "--mode", "istio"},
+	} {
+		r := alice.culvert(args...)
+		if r.Code != 1 || !strings.Contains(r.Stderr, "STRICT") || !strings.Contains(r.Stderr, "--force") {
+			t.Errorf("culvert %v: %v", args, r)
+		}
+		if args[0] == "mesh" && !strings.Contains(r.Stderr, "--on-gone fail") {
+			t.Errorf("culvert %v names no way: %v", args, r)
+		}
+	}
+	sameLines(t, before, time.Second, func() []string { return shopOfOthers(t) })
+	i := alice.intercept(t, "mesh", "proxied", "--expose", "8080:80", "--on-gone", "fail")
+	if i.Mode != api.ModeIstio {
+		t.Errorf("where pods have Istio's proxy the mode is %q", i.Mode)
+	}
+	// No other rule was there: one of culvert's own leads all else where it went.
+	if hosts := words(t, "-n", "shop", "get", "virtualservice", "proxied-culvert", "-o", "jsonpath={.spec.http[*].route[*].destination.host}"); len(hosts) != 2 ||
+		!strings.HasPrefix(hosts[0], "proxied-culvert-") || hosts[1] != "proxied.shop.svc.cluster.local" {
+		t.Errorf("rules lead to %v", hosts)
+	}
+	alice.leave(t, "proxied")
+	sameLines(t, before, 20*time.Second, func() []string { return shopOfOthers(t) })
 }

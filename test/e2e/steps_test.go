@@ -46,12 +46,17 @@ type walk struct {
 	service string
 	address string // of its port 80
 	mesh    bool   // else an exchange
+	mode    string // of a mesh; empty: auto
 }
 
 // command starts the walk's intercept.
 func (o *walk) command() []string {
 	if o.mesh {
-		return []string{"mesh", o.service, "--expose", "8080:80", "--version-mark", "walk"}
+		command := []string{"mesh", o.service, "--expose", "8080:80", "--version-mark", "walk"}
+		if o.mode != "" {
+			command = append(command, "--mode", o.mode)
+		}
+		return command
 	}
 	return exchangeOn(o.service)
 }
@@ -260,6 +265,9 @@ func (o *walk) prepare(what, step string) error {
 	}
 	if r := o.at(what, step, o.command()...); r.Code != 0 {
 		return fmt.Errorf("%s, exchange: %v", o.service, r)
+	}
+	if o.mode != "" {
+		return nil // a rule, by which nobody goes here
 	}
 	return insideOf(5*time.Second, o.answers) // three change at once, and nodes take a second
 }
