@@ -63,7 +63,8 @@ cluster-test: cluster ## the test cluster's own tests: clusters come, break and 
 
 .PHONY: e2e
 e2e: build istio ## the whole product on a real cluster, as ordinary users
-	$(GO) test -count=1 -timeout 65m -tags e2e -v ./test/e2e
+	$(GO) test -c -tags e2e -o bin/e2e.test ./test/e2e
+	test/e2e/run.sh
 
 .PHONY: test
 test: build unit cluster-test e2e ## everything: unit, namespace, cluster and e2e tests
