@@ -45,6 +45,7 @@ type Cluster struct {
 	rules  *clientcmd.ClientConfigLoadingRules
 	access atomic.Pointer[access]
 	clock  clock // the API server's
+	keys   tlsKeys
 
 	// mu guards reading the kubeconfig again.
 	mu   sync.Mutex

@@ -36,6 +36,8 @@ type InterceptSpec struct {
 	Match        []intercept.Condition
 	OnGone       string
 	TagResponses bool
+	// TLSSecret names the Secret with the Service's own key, for ports of TLS.
+	TLSSecret string
 
 	// Of a preview: how it is seen outside of the cluster.
 	External     bool
@@ -55,6 +57,7 @@ type Intercept struct {
 	Gate      string // the Deployment that serves it
 	Notes     []string
 
+	tls      *intercept.TLSKey    // nil: TLS passes as it is
 	mesh     intercept.Holder     // of a mesh: what it shares with others is the mesh's
 	undone   bool                 // Start failed and left nothing
 	backends map[PortKey][]string // pods that served when it started; nil: gates did, of a mesh
@@ -257,8 +260,14 @@ func (i *Intercept) start(ctx context.Context, reached func(step string), progre
 		return err
 	}
 	reached(StepReach)
-	if i.backends != nil { // else gates serve it already
+	if i.backends != nil || i.tls != nil { // else gates serve it already
 		if err := i.reach(ctx); err != nil {
+			return err
+		}
+	}
+	if i.tls != nil {
+		c.keys.set(ns, i.Key, *i.tls)
+		if err := c.Push(ctx, ns, i.Gate, state); err != nil {
 			return err
 		}
 	}
@@ -356,6 +365,9 @@ func (i *Intercept) enter(s *intercept.State) error {
 		r := intercept.Route{Protocol: string(p.Protocol), Port: p.Port, Name: p.Name, Listen: uint16(p.Number), Backends: had[p.Key()].Backends}
 		if member != nil { // others' requests are served meanwhile
 			r.Origin, r.HTTP = had[p.Key()].Origin, httpOf(p)
+			if had[p.Key()].HTTP == intercept.HTTPTLS || i.tls != nil && p.Local != 0 && r.HTTP != intercept.HTTPKnown {
+				r.HTTP = intercept.HTTPTLS // and stays it for other members who have no key
+			}
 		}
 		switch {
 		case own:
@@ -435,12 +447,12 @@ const (
 
 // reach has the gates dial the origin before traffic depends on them.
 func (i *Intercept) reach(ctx context.Context) error {
-	if len(i.backends) == 0 {
+	if len(i.backends) == 0 && i.tls == nil {
 		i.Notes = append(i.Notes, fmt.Sprintf("no pod serves %s at the moment: without this machine its clients get nothing, as before", i.Service()))
 		return nil
 	}
 	for end := time.Now().Add(reachTime); ; {
-		results, err := i.c.Reach(ctx, i.spec.Namespace, i.Gate, intercept.ReachRequest{Key: i.Key})
+		results, err := i.c.Reach(ctx, i.spec.Namespace, i.Gate, intercept.ReachRequest{Key: i.Key, TLS: i.tls})
 		if err != nil {
 			return err
 		}
@@ -464,7 +476,7 @@ func (i *Intercept) reach(ctx context.Context) error {
 				return translate("waiting for the gates to reach the origin", ctx.Err())
 			}
 			continue
-		case len(bad) > 0 && !i.spec.Force:
+		case len(bad) > 0 && (!i.spec.Force || i.tls != nil):
 			return &api.Error{Code: api.CodeUnreachable,
 				Message: fmt.Sprintf("the gates do not reach port %d of %s where it is served now (%s): %s; nothing was changed", bad[0].Port, i.Service(), bad[0].Origin, bad[0].Error),
 				Hint:    "a NetworkPolicy or firewall may keep pods of namespace " + strconv.Quote(i.spec.Namespace) + " from it; --force goes on, and then nothing serves while this machine is away"}

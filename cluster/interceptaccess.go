@@ -100,6 +100,9 @@ func grantHint(check Check) string {
 	if check.group == "apps" && check.Verb == "patch" {
 		role = "culvert-scale"
 	}
+	if check.resource == "secrets" {
+		role = "culvert-environ"
+	}
 	for mode, r := range routers {
 		if check.group == r.kind().group {
 			role = meshRole(mode)

@@ -43,6 +43,14 @@ func (c *Cluster) ResumeIntercept(ctx context.Context, r ResumeSpec) (*Intercept
 	if e.Kind == intercept.Mesh {
 		i.spec.Holder = e.Members[memberOf(e, r.Holder.Session)].Holder
 	}
+	if r.TLSSecret != "" {
+		key, err := c.tlsKey(ctx, r.Namespace, r.TLSSecret)
+		if err != nil {
+			return nil, lostIfRefused("the key is not to be had any more", err)
+		}
+		i.tls = &key
+		c.keys.set(r.Namespace, r.Key, key)
+	}
 	switch {
 	case e.Mode != "":
 		if err := c.resumeRuleHead(ctx, i, e, r); err != nil {

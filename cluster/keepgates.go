@@ -178,6 +178,7 @@ func (c *Cluster) catchUp(ctx context.Context, namespace, gate string) error {
 		return err
 	}
 	told := map[string]bool{}
+	s = c.keys.with(s, namespace, gate)
 	for _, pod := range pods {
 		status, ok := statuses[pod.Name]
 		told[pod.Name] = !ready(pod) || ok && obeys(pod.Name, status, s) == nil

@@ -52,9 +52,9 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 		if p.Protocol != corev1.ProtocolTCP {
 			return plan.refuse("exchange takes all of its traffic", "has port %s, which carries no HTTP requests that could be told apart", p)
 		}
-		if httpOf(p) == intercept.HTTPNever {
+		if httpOf(p) == intercept.HTTPNever && !(overTLS(p) && i.spec.TLSSecret != "") {
 			return plan.refuse("exchange takes all of its traffic; an appProtocol or a port name of http, http2 or grpc says that it is HTTP",
-				"says of port %s that it is %s: the headers of its requests cannot be seen", p, protocolWord(p))
+				"says of port %s that it is %s: the headers of its requests cannot be seen%s", p, protocolWord(p), map[bool]string{true: " without --tls-secret"}[overTLS(p)])
 		}
 	}
 	if r := plan.Record; r != nil && r.Kind != intercept.Mesh {
@@ -73,6 +73,16 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 	i.spec.Namespace, i.mesh = plan.Namespace, intercept.Holder{}
 	if err := c.chooseMode(ctx, i, plan); err != nil {
 		return err
+	}
+	if name := i.spec.TLSSecret; name != "" {
+		if i.spec.Mode != api.ModeRouter {
+			return plan.refuse("--mode router", "is meshed by a rule of %s, which sees no headers in TLS: gates with a key change nothing about that", i.spec.Mode)
+		}
+		key, err := c.tlsKey(ctx, plan.Namespace, name)
+		if err != nil {
+			return err
+		}
+		i.tls = &key
 	}
 	if i.spec.Mode == api.ModeRouter {
 		err = c.planRouter(i, plan, state)

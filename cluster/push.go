@@ -168,6 +168,7 @@ func (c *Cluster) pushOnce(ctx context.Context, pods []*corev1.Pod, s *intercept
 	if len(todo) == 0 {
 		return nil
 	}
+	s = c.keys.with(s, todo[0].Namespace, todo[0].Labels[LabelGate])
 	// Ready ones first: they are not to wait for a slot.
 	slices.SortStableFunc(todo, func(a, b *corev1.Pod) int { return cmp.Compare(rank(a), rank(b)) })
 	if waiting == 0 {
@@ -207,6 +208,11 @@ func rank(pod *corev1.Pod) int {
 func obeys(pod string, status intercept.GateStatus, s *intercept.State) error {
 	if status.Generation < s.Generation {
 		return fmt.Errorf("gate %s has generation %d, not %d", pod, status.Generation, s.Generation)
+	}
+	for key := range s.Keys {
+		if !slices.Contains(status.Keys, key) {
+			return fmt.Errorf("gate %s has not taken the TLS key of %s", pod, key)
+		}
 	}
 	if len(status.Failed) > 0 {
 		return fmt.Errorf("gate %s: %s", pod, strings.Join(status.Failed, "; "))

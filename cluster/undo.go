@@ -57,6 +57,7 @@ func (c *Cluster) Undo(ctx context.Context, u UndoSpec) error {
 	if u.Say == nil {
 		u.Say = func(string) {}
 	}
+	c.keys.drop(u.Namespace, u.Key)
 	// A state that cannot be read is no reason to leave the Service with the gates.
 	state, stateErr := c.GateState(ctx, u.Namespace)
 	var entry intercept.Entry

@@ -191,7 +191,7 @@ func (s *Session) interceptSpec(req api.InterceptRequest, expose []cluster.Expos
 	}
 	if req.Kind == api.KindMesh {
 		spec.Match, _ = cluster.ParseMatch(req.Match) // checkMesh has read it
-		spec.Mode, spec.OnGone, spec.TagResponses = req.Mode, req.OnGone, req.TagResponses
+		spec.Mode, spec.OnGone, spec.TagResponses, spec.TLSSecret = req.Mode, req.OnGone, req.TagResponses, req.TLSSecret
 	}
 	return spec
 }

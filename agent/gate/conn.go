@@ -75,7 +75,7 @@ func (g *Gate) admit(r *route, client *net.TCPConn) {
 // serve chooses who serves c, and starts the relay in goroutines of their own:
 // this one's stack has grown with the dial.
 func (c *conn) serve() {
-	if sp := c.route.spec.Load(); sp.table != nil && (sp.HTTP == intercept.HTTPSniff || sp.HTTP == intercept.HTTPKnown) {
+	if sp := c.route.spec.Load(); sp.table != nil && sp.HTTP != intercept.HTTPNever {
 		c.serveMesh()
 		return
 	}

@@ -62,36 +62,51 @@ func (g *Gate) handlePush(w http.ResponseWriter, r *http.Request) {
 	}
 	g.pushMu.Lock()
 	defer g.pushMu.Unlock()
+	keys := s.Keys
+	s.Keys = nil // nowhere but in memory
 	if g.take(s) {
 		// In force it is anyhow, and the ConfigMap has it soon.
 		if err := g.keep(s); err != nil {
 			g.log.Warn("a restarted container will not know the state", "error", err)
 		}
 	}
+	if err := g.takeKeys(keys); err != nil {
+		g.log.Warn("a TLS key is of no use", "error", err)
+	}
 	answer(w, g.status())
 }
 
 func (g *Gate) handleReach(w http.ResponseWriter, r *http.Request) {
 	var req intercept.ReachRequest
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 4<<10)).Decode(&req); err != nil {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&req); err != nil {
 		http.Error(w, "reading a request: "+err.Error(), http.StatusBadRequest)
 		return
 	}
+	key := strings.TrimSuffix(req.Key, entrySuffix)
 	g.mu.Lock()
-	e, known := g.state.Entries[strings.TrimSuffix(req.Key, entrySuffix)]
+	e, known := g.state.Entries[key]
 	g.mu.Unlock()
 	if !known {
 		http.Error(w, fmt.Sprintf("there is no entry %q", req.Key), http.StatusNotFound)
 		return
 	}
-	answer(w, g.reach(r.Context(), e, req.OriginOnly))
+	var secret *tlsKey
+	if req.TLS != nil {
+		var err error
+		if secret, err = parseKey(*req.TLS); err != nil {
+			http.Error(w, "the TLS key: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+	}
+	answer(w, g.reach(r.Context(), e, secret, req.OriginOnly))
 }
 
 // maxReach is how many origins are dialled at one time.
 const maxReach = 64
 
-// reach dials the TCP origins of e; alone: not by way of their pods.
-func (g *Gate) reach(ctx context.Context, e intercept.Entry, alone bool) []intercept.Reached {
+// reach dials the TCP origins of e; alone: not by way of their pods. Where secret ends
+// TLS the origin has to show a certificate that it trusts.
+func (g *Gate) reach(ctx context.Context, e intercept.Entry, secret *tlsKey, alone bool) []intercept.Reached {
 	all := []intercept.Reached{}
 	var routes []intercept.Route
 	for _, r := range e.Routes {
@@ -112,6 +127,11 @@ func (g *Gate) reach(ctx context.Context, e intercept.Entry, alone bool) []inter
 			d := net.Dialer{Timeout: g.times.reach}
 			c, err := dialOrigin(ctx, d, routes[i])
 			switch {
+			case err == nil && secret != nil && routes[i].HTTP == intercept.HTTPTLS:
+				if err := secret.check(ctx, c); err != nil {
+					all[i].Error = err.Error()
+				}
+				c.Close()
 			case err == nil:
 				c.Close()
 			case errors.Is(err, syscall.ECONNREFUSED):

@@ -102,7 +102,9 @@ func (h *http1) appendRequest(out []byte, r *request) []byte {
 		out = append(out, "\r\n"...)
 	}
 	if r.forwardedProto < 0 {
-		out = append(out, "X-Forwarded-Proto: http\r\n"...)
+		out = append(out, "X-Forwarded-Proto: "...)
+		out = append(out, h.forwarded.proto...)
+		out = append(out, "\r\n"...)
 	}
 	if r.h2c && r.close {
 		out = append(out, "Connection: close\r\n"...)

@@ -10,13 +10,17 @@ import (
 type forwarding struct {
 	address string // for X-Forwarded-For
 	element string // of Forwarded (RFC 7239)
+	proto   string // for X-Forwarded-Proto
 }
 
-func forwardingOf(client netip.AddrPort) forwarding {
-	f := forwarding{address: client.Addr().String()}
-	f.element = "for=" + f.address + ";proto=http"
+func forwardingOf(client netip.AddrPort, secure bool) forwarding {
+	f := forwarding{address: client.Addr().String(), proto: "http"}
+	if secure {
+		f.proto = "https"
+	}
+	f.element = "for=" + f.address + ";proto=" + f.proto
 	if client.Addr().Is6() {
-		f.element = `for="[` + f.address + `]";proto=http`
+		f.element = `for="[` + f.address + `]";proto=` + f.proto
 	}
 	return f
 }
@@ -26,7 +30,7 @@ func forwardingOf(client netip.AddrPort) forwarding {
 func (f forwarding) add(h http.Header) {
 	h.Set("X-Forwarded-For", joined(h["X-Forwarded-For"], f.address))
 	if h.Get("X-Forwarded-Proto") == "" {
-		h.Set("X-Forwarded-Proto", "http")
+		h.Set("X-Forwarded-Proto", f.proto)
 	}
 	if before, ok := h["Forwarded"]; ok {
 		h.Set("Forwarded", joined(before, f.element))

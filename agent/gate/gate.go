@@ -176,6 +176,8 @@ type Gate struct {
 	wg   sync.WaitGroup  // connections, flows, listeners, watchers
 
 	http2s atomic.Int64 // connections of HTTP/2 clients that are routed
+	// tlsConns are those whose TLS is ended here.
+	tlsConns atomic.Int64
 
 	pushMu sync.Mutex // one push after the other, so that the kept state is the newest
 
@@ -184,7 +186,8 @@ type Gate struct {
 	loaded      bool
 	routes      map[place]*route
 	failed      map[place]string // why a place of the state is not served
-	skipped     []string         // members that are not served, and why
+	keys        map[string]*tlsKey
+	skipped     []string // members that are not served, and why
 	watchers    map[string]*watcher
 	conns       map[*conn]struct{}
 	wasReady    bool
@@ -201,6 +204,7 @@ func New(cfg Config) *Gate {
 		log:      cfg.Log,
 		routes:   map[place]*route{},
 		failed:   map[place]string{},
+		keys:     map[string]*tlsKey{},
 		watchers: map[string]*watcher{},
 		conns:    map[*conn]struct{}{},
 	}

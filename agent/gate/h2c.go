@@ -42,8 +42,8 @@ func (s *speakers) forget() {
 	s.known = nil
 }
 
-// ask tells whether a server speaks HTTP/2; dial connects to it.
-func (s *speakers) ask(to machineKey, dial func() (*net.TCPConn, error)) bool {
+// ask tells whether a server speaks HTTP/2; dial connects to it, and speaks finds out.
+func (s *speakers) ask(to machineKey, dial func() (*net.TCPConn, error), speaks func(*net.TCPConn) bool) bool {
 	s.mu.Lock()
 	known, ok := s.known[to]
 	s.mu.Unlock()
@@ -55,7 +55,7 @@ func (s *speakers) ask(to machineKey, dial func() (*net.TCPConn, error)) bool {
 		return false // it is asked again
 	}
 	defer c.Close()
-	is := speaksHTTP2(c)
+	is := speaks(c)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.known == nil {
@@ -71,7 +71,7 @@ var settingsFrame = []byte{0, 0, 0, frameSettings, 0, 0, 0, 0, 0}
 const frameSettings = 4
 
 // speaksHTTP2 sends the preface. Who understands it answers with SETTINGS.
-func speaksHTTP2(c net.Conn) bool {
+func speaksHTTP2(c *net.TCPConn) bool {
 	_ = c.SetDeadline(time.Now().Add(probeTime)) // fails when it is closed, and so does what follows
 	if _, err := c.Write(append([]byte(http2Preface), settingsFrame...)); err != nil {
 		return false
@@ -108,7 +108,7 @@ func (h *http1) upgradeHTTP2(r *request, settings []byte) (taken bool, err error
 	if r.m != nil && r.m.usable() {
 		to, dial = r.m.key(), func() (*net.TCPConn, error) { return h.dialMember(h.gate.life, r.m) }
 	}
-	if !h.route.speakers.ask(to, dial) || !h.gate.enterHTTP2() {
+	if !h.route.speakers.ask(to, dial, speaksHTTP2) || !h.gate.enterHTTP2() {
 		return false, nil
 	}
 	defer h.gate.http2s.Add(-1)

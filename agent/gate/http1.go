@@ -70,7 +70,7 @@ func (c *meshConn) serveHTTP1(origin *net.TCPConn) error {
 		return err
 	}
 	defer in.release()
-	h := &http1{meshConn: c, in: in, forwarded: forwardingOf(c.from)}
+	h := &http1{meshConn: c, in: in, forwarded: forwardingOf(c.from, c.secure != nil)}
 	defer func() {
 		for _, u := range h.ups {
 			u.release()

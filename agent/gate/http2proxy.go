@@ -103,7 +103,7 @@ func (c *meshConn) streams(origin *net.TCPConn, o *http2.ServeConnOpts) error {
 	if err != nil {
 		return err
 	}
-	p := &http2Proxy{meshConn: c, transport: t, origin: origin, forwarded: forwardingOf(c.from), dials: map[machineKey]*sync.Mutex{}}
+	p := &http2Proxy{meshConn: c, transport: t, origin: origin, forwarded: forwardingOf(c.from, c.secure != nil), dials: map[machineKey]*sync.Mutex{}}
 	p.server = &http.Server{Handler: p, HTTP2: limits, MaxHeaderBytes: maxHTTP2Head}
 	s := &http2.Server{}
 	if err := http2.ConfigureServer(p.server, s); err != nil {

@@ -29,9 +29,13 @@ type meshConn struct {
 	conn   *conn // which it serves
 
 	from netip.AddrPort // the client
+	at   netip.AddrPort // the gate, as he calls it
 	left chan struct{}  // closed by leave
 	// http2: the connection is of HTTP/2, whose own code ends it in time.
 	http2 atomic.Bool
+	// secure is set once, before anything of a request: the client speaks TLS, and
+	// client is what is in it.
+	secure *secured
 
 	mu       sync.Mutex
 	idle     bool       // no request is under way, and none has begun
@@ -54,7 +58,7 @@ type backend struct {
 }
 
 func newMeshConn(c *conn) *meshConn {
-	return &meshConn{gate: c.gate, route: c.route, client: c.client, conn: c, from: addrPort(c.client.RemoteAddr()), left: make(chan struct{})}
+	return &meshConn{gate: c.gate, route: c.route, client: c.client, conn: c, from: addrPort(c.client.RemoteAddr()), at: addrPort(c.client.LocalAddr()), left: make(chan struct{})}
 }
 
 // serveMesh serves c request by request, to its end or until it is handed to a relay.
@@ -89,9 +93,13 @@ var errHandedOver = errors.New("handed over")
 
 // run finds out the protocol, and serves it.
 func (c *meshConn) run() error {
+	return c.serveSniffed(c.route.spec.Load().HTTP == intercept.HTTPKnown)
+}
+
+// serveSniffed is run, of what a client says or what is in his TLS. known: it is HTTP.
+func (c *meshConn) serveSniffed(known bool) error {
 	var origin *net.TCPConn
-	sp := c.route.spec.Load()
-	if sp.HTTP != intercept.HTTPKnown {
+	if !known {
 		var err error
 		if origin, err = c.dialOrigin(c.gate.life); err != nil {
 			// Machines may be there all the same.
@@ -106,6 +114,13 @@ func (c *meshConn) run() error {
 		case protoHTTP2:
 			c.http2.Store(true)
 			return c.serveHTTP2(origin)
+		case protoTLS:
+			if key := c.gate.enterTLS(c.route.spec.Load().key); key != nil {
+				if origin != nil {
+					origin.Close()
+				}
+				return c.serveTLS(key)
+			}
 		}
 		if origin == nil {
 			origin, err = c.dialOrigin(c.gate.life)
@@ -132,9 +147,13 @@ func (c *meshConn) table() *table {
 // dialMember connects to a member's machine. With errRefused nothing listens at his
 // port, and the client shall know; with any other error the machine does not answer.
 func (c *meshConn) dialMember(ctx context.Context, m *member) (*net.TCPConn, error) {
-	return c.gate.dialMachine(ctx, m.watch, &m.machine, intercept.Header{
-		Network: intercept.TCP, Client: c.from, Server: addrPort(c.client.LocalAddr()),
-	})
+	dial := func() (*net.TCPConn, error) {
+		return c.gate.dialMachine(ctx, m.watch, &m.machine, intercept.Header{Network: intercept.TCP, Client: c.from, Server: c.at})
+	}
+	if c.secure != nil {
+		return c.machineTLS(ctx, m.key(), dial)
+	}
+	return dial()
 }
 
 // errNoOrigin: nobody served the port before the mesh.
@@ -147,7 +166,11 @@ func (c *meshConn) dialOrigin(ctx context.Context) (*net.TCPConn, error) {
 		return nil, errNoOrigin
 	}
 	d := net.Dialer{Timeout: c.gate.times.dialOrigin, KeepAliveConfig: clientKeepAlive}
-	return dialOrigin(ctx, d, sp.Route)
+	o, err := dialOrigin(ctx, d, sp.Route)
+	if err != nil || c.secure == nil {
+		return o, err
+	}
+	return c.originTLS(ctx, o)
 }
 
 // leaving is closed when the connection shall end soon: the gate, the route or its
@@ -434,6 +457,7 @@ func (c *meshConn) sniff(origin *net.TCPConn) (int32, error) {
 		return 0, err
 	}
 	known := origin == nil
+	secret := c.secure == nil && c.route.spec.Load().HTTP == intercept.HTTPTLS
 	proto, seen := int32(protoUnknown), 0
 	err = raw.Read(func(fd uintptr) bool {
 		b := chunks.Get().(*[chunk]byte)
@@ -448,6 +472,9 @@ func (c *meshConn) sniff(origin *net.TCPConn) (int32, error) {
 		}
 		seen = n
 		proto = sniffed(b[:n], known)
+		if secret && proto == protoOther && b[0] == 22 { // a handshake (RFC 8446, 5.1)
+			proto = protoTLS
+		}
 		return proto != protoUnknown || polled(fd, unix.POLLRDHUP)
 	})
 	switch {

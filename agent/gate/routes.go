@@ -75,6 +75,7 @@ type route struct {
 	members map[string]*memberCount
 	// speakers of a mesh were asked whether they speak HTTP/2.
 	speakers speakers
+	plain    plainServers
 	// listener is a *net.TCPListener or a *net.UDPConn.
 	listener io.Closer
 }
@@ -206,6 +207,7 @@ func (r *route) follow(s *spec) {
 	}
 	r.spec.Store(s)
 	r.speakers.forget()
+	r.plain.forget()
 }
 
 // watcherLocked is the one watcher of these agents: of all routes, and of the
@@ -288,7 +290,7 @@ func (r *route) stopAccepting() {
 func (g *Gate) status() intercept.GateStatus {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	s := intercept.GateStatus{Generation: g.state.Generation, Failed: g.failuresLocked(), Skipped: slices.Clone(g.skipped), Routes: []intercept.RouteStatus{}}
+	s := intercept.GateStatus{Generation: g.state.Generation, Keys: slices.Sorted(maps.Keys(g.keys)), Failed: g.failuresLocked(), Skipped: slices.Clone(g.skipped), Routes: []intercept.RouteStatus{}}
 	for _, at := range slices.SortedFunc(maps.Keys(g.routes), comparePlaces) {
 		r := g.routes[at]
 		sp := r.spec.Load()

@@ -52,6 +52,7 @@ culvert mesh tomcat --expose 8080 --version-mark alice
 culvert mesh shop --expose 3000:80 --version-mark X-Dev:Feature/X
 culvert mesh shop --expose 3000:80 --match cookie:dev=alice --match 'path:/api/*'
 culvert mesh shop --expose 3000:80 --mode istio
+culvert mesh shop --expose 8443:443 --tls-secret shop-tls
 culvert mesh --show shop`),
 		Args: exactlyOne("a Service", "tomcat --expose 8080"),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
@@ -77,6 +78,7 @@ culvert mesh --show shop`),
 	flags.StringVar(&f.req.Mode, "mode", api.ModeAuto, "who tells requests apart: router (culvert's own gates), istio (a rule in a VirtualService), gateway (in an HTTPRoute), manual (a rule of your own), or auto (see above)")
 	flags.StringVar(&f.req.OnGone, "on-gone", api.OnGoneOrigin, "who answers your requests while this machine does not: origin, or fail (503)")
 	flags.BoolVar(&f.req.TagResponses, "tag-responses", false, "add the header "+intercept.ServedByHeader+" to what this machine answers")
+	flags.StringVar(&f.req.TLSSecret, "tls-secret", "", "a `SECRET` (kubernetes.io/tls) with what the Service's pods show: gates end TLS with it, and begin it again")
 	flags.BoolVar(&show, "show", false, "show who meshes SERVICE, and what came to whom")
 	flags.StringVar(&f.req.OnLocalRefused, "on-local-refused", api.OnRefusedOrigin, "who answers while nothing listens at LOCAL: origin, or refuse")
 	flags.StringVar(&f.req.OnConflict, "on-conflict", api.OnConflictReplay, "when somebody else changes the Service meanwhile: reapply (3 times in 10 min at most), or leave it to them")

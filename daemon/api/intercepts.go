@@ -25,6 +25,7 @@ type InterceptRequest struct {
 	Match        []string `json:"match,omitempty"`
 	OnGone       string   `json:"onGone,omitempty"`       // OnGoneOrigin (default) or OnGoneFail
 	TagResponses bool     `json:"tagResponses,omitempty"` // answers say who served them
+	TLSSecret    string   `json:"tlsSecret,omitempty"`    // of the Service's namespace: its key and certificate
 
 	ProxyProtocol bool          `json:"proxyProtocol,omitempty"` // version 2, before each connection's first byte
 	Force         bool          `json:"force,omitempty"`

@@ -11,6 +11,17 @@ import (
 type State struct {
 	Generation int64            `json:"generation"`
 	Entries    map[string]Entry `json:"entries"` // by the ConfigMap's key: see Key
+	// Keys end TLS for a mesh's route of HTTPTLS, by the entry's key. They are pushed,
+	// and kept in memory only: never in the ConfigMap or a file.
+	Keys map[string]TLSKey `json:"keys,omitempty"`
+}
+
+// TLSKey is a server's certificate chain, its key, and the authority that signed it, which
+// may be missing; all in PEM.
+type TLSKey struct {
+	Certificate string `json:"certificate"`
+	Key         string `json:"key"`
+	Authority   string `json:"authority,omitempty"`
 }
 
 // Kinds of intercepts.
@@ -89,6 +100,7 @@ type Route struct {
 const (
 	HTTPNever = ""      // bytes pass as they are, to the origin
 	HTTPSniff = "sniff" // the first bytes tell; a server that speaks first speaks no HTTP
+	HTTPTLS   = "tls"   // as HTTPSniff; and what is TLS is ended at gates that have the key
 	HTTPKnown = "http"  // appProtocol or the port's name say HTTP/1.1, HTTP/2 or gRPC
 )
 
@@ -151,6 +163,7 @@ type GateStatus struct {
 	Generation int64         `json:"generation"` // of the State in force
 	Failed     []string      `json:"failed,omitempty"`
 	Skipped    []string      `json:"skipped,omitempty"` // members of meshes that cannot be served, and why
+	Keys       []string      `json:"keys,omitempty"`    // entries whose TLS key it has
 	Routes     []RouteStatus `json:"routes"`
 }
 
@@ -212,6 +225,9 @@ type ReachRequest struct {
 	Key string `json:"key"`
 	// OriginOnly: not by way of Backends.
 	OriginOnly bool `json:"originOnly,omitempty"`
+	// TLS is a key that is about to be used: what speaks TLS has to show its
+	// certificate, or one that its authority signed.
+	TLS *TLSKey `json:"tls,omitempty"`
 }
 
 // Reached is what came of a dial to an origin, TCP only.

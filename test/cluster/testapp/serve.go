@@ -24,6 +24,8 @@ type app struct {
 	name string // what it answers to the question who it is
 	on   string // address of its ports; empty: all
 	http []string
+	// certificates is the folder of tls.crt and tls.key; empty: one that nobody signed.
+	certificates string
 	// proxied: a header of the PROXY protocol stands before HTTP.
 	proxied bool
 }
@@ -33,6 +35,7 @@ func serve(args []string) error {
 	f := flag.NewFlagSet("serve", flag.ContinueOnError)
 	f.StringVar(&a.name, "name", "", "name to answer with (default: the host's)")
 	f.StringVar(&a.on, "on", "", "address to listen at (default: all)")
+	f.StringVar(&a.certificates, "certificates", "", "folder of tls.crt and tls.key for TLS (default: a certificate of its own)")
 	addrs := f.String("http", "", "serve only HTTP, at these addresses")
 	f.BoolVar(&a.proxied, "proxy-protocol", false, "expect a header of the PROXY protocol, version 2, before HTTP")
 	if err := f.Parse(args); err != nil {

@@ -12,15 +12,32 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"path/filepath"
 	"time"
 )
 
-// serveTLS serves HTTPS, HTTP/1.1 and HTTP/2, with a certificate that names the
-// server and that nobody signed.
+// serveTLS serves HTTPS, HTTP/1.1 and HTTP/2, with the certificate that it was given, or
+// one that names the server and that nobody signed.
 func (a *app) serveTLS(addr string) error {
+	certificate, err := a.certificate()
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	s := &http.Server{Handler: a.handler(), TLSConfig: &tls.Config{Certificates: []tls.Certificate{certificate}}}
+	return s.ServeTLS(l, "", "")
+}
+
+func (a *app) certificate() (c tls.Certificate, err error) {
+	if dir := a.certificates; dir != "" {
+		return tls.LoadX509KeyPair(filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"))
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return fmt.Errorf("make a key: %w", err)
+		return c, fmt.Errorf("make a key: %w", err)
 	}
 	template := x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: a.name}, DNSNames: []string{a.name},
@@ -28,17 +45,9 @@ func (a *app) serveTLS(addr string) error {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &template, &template, &key.PublicKey, key)
 	if err != nil {
-		return fmt.Errorf("make a certificate: %w", err)
+		return c, fmt.Errorf("make a certificate: %w", err)
 	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
-	s := &http.Server{
-		Handler:   a.handler(),
-		TLSConfig: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
-	}
-	return s.ServeTLS(l, "", "")
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
 }
 
 // greet speaks first, as MySQL's servers do: a packet of protocol 10 with a version
