@@ -106,13 +106,16 @@ func (b *bench) mesh() error {
 	}
 	b.socketsThroughGate(t)
 	for range b.rounds {
-		b.meshLoad(t, crowdedBefore, meshRouter, "bench-meshed", "--workers", "8")
-	}
-	if err := l.crowdMesh("bench-meshed", 250); err != nil {
-		return err
-	}
-	for range b.rounds {
-		b.meshLoad(t, crowdedRow, meshRouter, "bench-meshed", "--workers", "8")
+		for _, c := range []struct {
+			row  string
+			many int
+		}{{crowdedBefore, 1}, {crowdedRow, crowdOfMesh}} {
+			if err := l.crowdMesh("bench-meshed", c.many); err != nil {
+				return err
+			}
+			// A value that is nobody's: it is looked up among all.
+			b.meshLoad(t, c.row, meshRouter, "bench-meshed", "--workers", "8", "--header", "VERSION:nobody")
+		}
 	}
 	t.note("a client in a pod, kept connections, as fast as answers come; gates and nginx are two pods each, one on each node, before the same pods, and nginx has %d workers", runtime.NumCPU())
 	return l.crowdMesh("bench-meshed", 1)
@@ -169,6 +172,9 @@ func (b *bench) socketsThroughGate(t *Table) {
 	t.add(socketsRow, "MB", meshRouter, most)
 }
 
+// crowdOfMesh is how many developers one Service has at most in the bench.
+const crowdOfMesh = 250
+
 // crowdMesh has a mesh be one of n developers, who are all the one that is there, with
 // other marks.
 func (l *lab) crowdMesh(service string, n int) error {
@@ -207,6 +213,20 @@ func (l *lab) crowdMesh(service string, n int) error {
 	if r := l.Kubectl("", strings.NewReader(string(whole)), "replace", "-f", "-"); r.Code != 0 {
 		return fmt.Errorf("changing the gates' state: %v", r)
 	}
-	time.Sleep(5 * time.Second) // the session tells the gates within 3 s
+	// The session tells the gates within 3 s or so. Both have to know the last developer,
+	// or to have forgotten him.
+	value, right := fmt.Sprint("value", crowdOfMesh-1), 0
+	for end := time.Now().Add(20 * time.Second); right < 10; {
+		var got struct{ Server string }
+		r := netlab.Run(l.inClient("", "--json", "ask", "http://"+service+".demo/who", "--header", "VERSION:"+value))
+		if err := json.Unmarshal([]byte(r.Stdout), &got); err == nil && (got.Server == machineName) == (n == crowdOfMesh) {
+			right++
+			continue
+		}
+		if right = 0; time.Now().After(end) {
+			return fmt.Errorf("with %d developers a request with VERSION:%s is answered by %v", n, value, r)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
 	return nil
 }

@@ -52,6 +52,12 @@ func TestMeshProtocols(t *testing.T) {
 		Body                        string
 		Head                        float64 `json:"head_ms"`
 		Took                        float64 `json:"took_ms"`
+		Gap                         float64 `json:"gap_ms"`
+		Trailer                     map[string][]string // of gRPC
+		Seen                        struct {
+			Deadline float64 `json:"deadline_ms"`
+			Messages int
+		}
 	}) {
 		t.Helper()
 		r := fromPod(clients[0], append([]string{"--json"}, args...)...)
@@ -72,9 +78,12 @@ func TestMeshProtocols(t *testing.T) {
 		t.Run("to "+strings.TrimSuffix(name, "-*"), func(t *testing.T) {
 			for _, h2 := range []string{"--http2=false", "--http2"} {
 				ask(t, "/who", h2)
-				ask(t, "/chunked?n=5", h2)
 				ask(t, "/hints", h2)
-				got := run(t, append([]string{"ask", "http://" + ip + "/head?q=%20", "--method", "POST", "--body", "20000000", h2}, mark...)...)
+				got := run(t, append([]string{"ask", "http://" + ip + "/chunked?n=5000", h2}, mark...)...)
+				if !serves(got.Server, name) || len(got.Trailers["X-Sha256"]) != 1 || got.Trailers["X-Sha256"][0] != got.SHA256 || got.Trailers["X-Pieces"][0] != "5000" {
+					t.Errorf("an answer in pieces, of %d bytes and %s, has trailers %v", got.Length, got.SHA256, got.Trailers)
+				}
+				got = run(t, append([]string{"ask", "http://" + ip + "/head?q=%20", "--method", "POST", "--body", "20000000", h2}, mark...)...)
 				var seen struct {
 					Server, URI, Protocol, SHA256 string
 					Length                        int64
@@ -87,10 +96,14 @@ func TestMeshProtocols(t *testing.T) {
 					t.Errorf("the server does not know its client: %v", seen.Headers)
 				}
 				got = run(t, append([]string{"ask", "http://" + ip + "/head", "--method", "PUT", "--body", "100000", "--chunked", h2}, mark...)...)
-				if !strings.Contains(got.Body, got.SentSum) {
-					t.Errorf("a body with a trailer: %s, sent was %s", got.Body, got.SentSum)
+				var trailed struct {
+					SHA256   string
+					Trailers map[string][]string
 				}
-				if events := run(t, append([]string{"sse", "http://" + ip + "/sse?n=5&every=50ms", h2}, mark...)...); events.Events != 5 || !events.Whole || !serves(events.Server, name) {
+				if err := json.Unmarshal([]byte(got.Body), &trailed); err != nil || trailed.SHA256 != got.SentSum || len(trailed.Trailers["X-Sha256"]) != 1 || trailed.Trailers["X-Sha256"][0] != got.SentSum {
+					t.Errorf("a body with a trailer: %+v, %v; sent was %s", trailed, err, got.SentSum)
+				}
+				if events := run(t, append([]string{"sse", "http://" + ip + "/sse?n=5&every=300ms", h2}, mark...)...); events.Events != 5 || events.Gap < 100 || !events.Whole || !serves(events.Server, name) {
 					t.Errorf("server-sent events: %+v", events)
 				}
 			}
@@ -105,8 +118,18 @@ func TestMeshProtocols(t *testing.T) {
 			}
 			for _, call := range []string{"unary", "server", "client", "both"} {
 				got := run(t, append([]string{"grpc", ip + ":9005", call, "--count", "20", "--every", "5ms"}, mark...)...)
-				if got.Code != "OK" || !serves(got.Server, name) {
+				sent, back, counted := int64(1), int64(1), "1" // messages, and how many the server says that it got
+				if call == "client" || call == "both" {
+					sent, counted = 20, "20"
+				}
+				if call == "server" || call == "both" {
+					back = 20
+				}
+				if got.Code != "OK" || !serves(got.Server, name) || got.Sent != sent || got.Received != back || len(got.Trailer["x-count"]) != 1 || got.Trailer["x-count"][0] != counted {
 					t.Errorf("gRPC %s: %+v, want %s", call, got, name)
+				}
+				if known := got.Seen.Deadline; (call == "unary" || call == "client") && (known < 1000 || known > 30000) {
+					t.Errorf("gRPC %s: its deadline arrives as %v ms", call, known)
 				}
 			}
 			for how, version := range map[string]string{"--http1.1": "1.1", "--http2-prior-knowledge": "2", "--http2": "2"} {
