@@ -73,6 +73,25 @@ func (r *customs) pages(ctx context.Context, version string) (all []*unstructure
 	}
 }
 
+// watch tells of each change of an object, by whomever, until the server ends it or ctx
+// ends. It is for customs of a Client whose requests may last.
+func (r *customs) watch(ctx context.Context, changed func()) error {
+	options := metav1.ListOptions{Watch: true}
+	stream, err := r.c.rest().Get().AbsPath(r.path(r.version)).VersionedParams(&options, params).SetHeader("Accept", runtime.ContentTypeJSON).Stream(ctx)
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	events := json.NewDecoder(stream)
+	for {
+		var event struct{ Type string }
+		if err := events.Decode(&event); err != nil {
+			return err
+		}
+		changed()
+	}
+}
+
 func read(raw []byte, err error) (*unstructured.Unstructured, error) {
 	if err != nil {
 		return nil, err

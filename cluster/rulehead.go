@@ -215,49 +215,106 @@ func (h *ruleHead) led(ctx context.Context, i *Intercept) (bool, error) {
 	return err == nil && isRule(s) && s.Labels[LabelSession] == i.owner().Session, translate("looking at Service "+i.Key, err)
 }
 
-// ruleEvery is how often it is looked whether the rule is still what it should be.
-const ruleEvery = 3 * time.Second
+const (
+	// ruleSoon is how long after a change of something with rules it is looked whether
+	// the rule still stands: one change is often several.
+	ruleSoon = 300 * time.Millisecond
+	// ruleEvery is how often it is looked where nothing tells of changes, and how long
+	// a watch that ended is not begun again.
+	ruleEvery = 15 * time.Second
+	ruleAgain = 2 * time.Second
+)
+
+// watchRules tells of changes of whatever has rules. Who may not watch is told now and then.
+func (h *ruleHead) watchRules(ctx context.Context, tell func()) {
+	for ctx.Err() == nil {
+		objects, pause := h.c.watch.customs(h.router.kind(), h.plan.Namespace), ruleAgain
+		_, err := objects.list(ctx) // which version there is
+		if err == nil {
+			tell()
+			err = objects.watch(ctx, tell)
+		}
+		if apierrors.IsForbidden(err) {
+			pause = ruleEvery
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
 
 // keepRule puts the rule back when somebody changed what it is in.
 func (h *ruleHead) keepRule(ctx context.Context, i *Intercept, onConflict string, note func(string)) error {
+	changed := make(chan struct{}, 1)
+	tell := func() {
+		select {
+		case changed <- struct{}{}:
+		default:
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() { defer close(watched); h.watchRules(ctx, tell) }()
+	defer func() { cancel(); <-watched }()
 	var again reapplies
 	for {
+		pause := ruleSoon
 		select {
-		case <-time.After(ruleEvery):
+		case <-changed:
 		case <-ctx.Done():
 			return nil
 		}
-		ok, err := h.c.ruleStands(ctx, h)
-		if err != nil || ok {
-			continue // an API server that is away says nothing
-		}
-		led, err := h.led(ctx, i)
-		if err != nil {
-			continue
-		}
-		state, err := h.c.GateState(ctx, i.spec.Namespace)
-		if err != nil {
-			continue
-		}
-		if e, ok := state.Entries[i.Key]; !led || !ok || e.Draining || !i.owns(e) {
-			return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
-		}
-		if onConflict == api.OnConflictLeave {
-			return &Lost{Why: "somebody took the rule away, and theirs stays (--on-conflict leave)"}
-		}
-		var more bool
-		if again, more = again.add(h.c.Now()); !more {
-			return &Lost{Why: fmt.Sprintf("somebody took the rule away again, after %d times within %v, and theirs stays", maxReapplies, reapplyWindow)}
-		}
-		note(fmt.Sprintf("somebody changed the %s: the rule is put in front again", h.router.kind()))
-		i.mu.Lock()
-		_, err = h.c.addRules(ctx, h)
-		i.mu.Unlock()
-		var known *api.Error
-		if errors.As(err, &known) && (known.Code == api.CodeUnsupported || known.Code == api.CodeForbidden) {
-			return &Lost{Why: known.Message}
+		for pause > 0 {
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return nil
+			}
+			var lost *Lost
+			switch err := h.putBack(ctx, i, onConflict, &again, note); {
+			case err == nil:
+				pause = 0
+			case errors.As(err, &lost):
+				return err
+			default: // the API server is away, or others change it at the same time
+				pause = ruleAgain
+			}
 		}
 	}
+}
+
+// putBack puts the rule back where it does not stand. The error is a *Lost when it is
+// not to be.
+func (h *ruleHead) putBack(ctx context.Context, i *Intercept, onConflict string, again *reapplies, note func(string)) error {
+	if ok, err := h.c.ruleStands(ctx, h); err != nil || ok {
+		return err
+	}
+	led, err := h.led(ctx, i)
+	if err != nil {
+		return err
+	}
+	state, err := h.c.GateState(ctx, i.spec.Namespace)
+	if err != nil {
+		return err
+	}
+	if e, ok := state.Entries[i.Key]; !led || !ok || e.Draining || !i.owns(e) {
+		return &Lost{Why: "somebody ended it (`culvert recover` or `clean`)"}
+	}
+	if onConflict == api.OnConflictLeave {
+		return &Lost{Why: "somebody took the rule away, and theirs stays (--on-conflict leave)"}
+	}
+	next, more := again.add(h.c.Now())
+	if !more {
+		return &Lost{Why: fmt.Sprintf("somebody took the rule away again, after %d times within %v, and theirs stays", maxReapplies, reapplyWindow)}
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if _, err = h.c.addRules(ctx, h); err == nil {
+		*again = next
+		note(fmt.Sprintf("somebody changed the %s: the rule is put in front again", h.router.kind()))
+	}
+	return lostIfRefused("the rule cannot be put back", err)
 }
 
 // ruleStands tells whether all that insert wants is there.

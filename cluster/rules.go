@@ -236,18 +236,6 @@ func (c *Cluster) governing(ctx context.Context, objects *customs, r router, ser
 	return all, nil
 }
 
-// rulesIn tells whether rules lead to a Service.
-func (c *Cluster) rulesIn(ctx context.Context, r router, namespace, service string) (bool, error) {
-	objects := c.client.customs(r.kind(), namespace)
-	all, err := objects.list(ctx)
-	if err != nil {
-		return false, err
-	}
-	return slices.ContainsFunc(all, func(o *unstructured.Unstructured) bool {
-		return slices.ContainsFunc(rulesOf(r, o), func(rule map[string]any) bool { return r.leadsTo(rule, service, namespace) })
-	}), nil
-}
-
 // removeRules takes away all rules of a namespace that lead to a Service, of all modes,
 // and objects of culvert's own that have no other. It is idempotent.
 func (c *Cluster) removeRules(ctx context.Context, namespace, service string) error {
@@ -277,7 +265,7 @@ func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, servic
 		for _, o := range all {
 			there := rulesOf(r, o)
 			var rest []any
-			others := false // rules of other members
+			others := false // rules of other members, or of somebody who made it his
 			for _, rule := range there {
 				if !r.leadsTo(rule, service, namespace) {
 					rest = append(rest, rule)
@@ -285,10 +273,10 @@ func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, servic
 				}
 			}
 			switch {
+			case isOurs(o) && !others: // also one that was made, and no rule came into it
+				err = objects.remove(ctx, o)
 			case len(rest) == len(there):
 				continue
-			case isOurs(o) && !others:
-				err = objects.remove(ctx, o)
 			default:
 				_, err = c.changeRules(ctx, objects, r, o, rest)
 			}
