@@ -78,16 +78,21 @@ func (h *exchangeHead) origin(ctx context.Context, session string) (map[PortKey]
 }
 
 func (h *exchangeHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
+	return i.openOrigin(ctx, routes, h.plan)
+}
+
+// openOrigin opens the way to a Service's pods, and to the gates for whom those let in.
+func (i *Intercept) openOrigin(ctx context.Context, routes []intercept.Route, plan *ServicePlan) (notes []string, err error) {
 	spec := i.policySpec(routes)
-	spec.OriginSelector = h.plan.below.Spec.Selector
+	spec.OriginSelector = plan.below.Spec.Selector
 	for k, r := range routes {
-		for _, p := range h.plan.Ports {
+		for _, p := range plan.Ports {
 			if p.Key() == (PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}) {
 				spec.Ports[k].Target = p.TargetPort
 			}
 		}
 	}
-	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, spec)
+	_, notes, err = i.c.EnsurePolicies(ctx, i.spec.Namespace, spec)
 	return notes, err
 }
 

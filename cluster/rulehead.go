@@ -121,17 +121,7 @@ func (h *ruleHead) origin(context.Context, string) (map[PortKey]string, error) {
 }
 
 func (h *ruleHead) policies(ctx context.Context, i *Intercept, routes []intercept.Route) ([]string, error) {
-	spec := i.policySpec(routes)
-	spec.OriginSelector = h.plan.below.Spec.Selector
-	for k, r := range routes {
-		for _, p := range h.list {
-			if p.Key() == (PortKey{Port: r.Port, Protocol: protocolNamed(r.Protocol)}) {
-				spec.Ports[k].Target = p.TargetPort
-			}
-		}
-	}
-	_, notes, err := h.c.EnsurePolicies(ctx, i.spec.Namespace, spec)
-	return notes, err
+	return i.openOrigin(ctx, routes, h.plan)
 }
 
 // lead makes the Service, waits until gates serve it, and only then makes the rule.
