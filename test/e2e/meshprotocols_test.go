@@ -50,9 +50,9 @@ func TestMeshProtocols(t *testing.T) {
 		Whole                       bool
 		Trailers                    map[string][]string
 		Body                        string
-		Head                        float64 `json:"head_ms"`
-		Took                        float64 `json:"took_ms"`
-		Gap                         float64 `json:"gap_ms"`
+		Head                        float64             `json:"head_ms"`
+		Took                        float64             `json:"took_ms"`
+		Gap                         float64             `json:"gap_ms"`
 		Trailer                     map[string][]string // of gRPC
 		Seen                        struct {
 			Deadline float64 `json:"deadline_ms"`
