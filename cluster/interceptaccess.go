@@ -78,6 +78,9 @@ func (c *Cluster) ruleAccess(ctx context.Context, r router, namespace string) er
 	for _, verb := range []string{"list", "get", "create", "patch", "delete"} {
 		checks = append(checks, newCheck(verb, r.kind().group, r.kind().resource, "", namespace, true, "the rule that leads marked requests to this machine"))
 	}
+	if r == (istio{}) {
+		checks = append(checks, newCheck("create", destinationRules.group, destinationRules.resource, "", namespace, true, "one without TLS for the gates, where another would have it"))
+	}
 	checks, err := c.review(ctx, checks)
 	if err != nil {
 		return err
