@@ -49,6 +49,11 @@ func (r *customs) list(ctx context.Context) ([]*unstructured.Unstructured, error
 		if apierrors.IsNotFound(err) {
 			continue
 		}
+		// Who may not list a kind is told so also where there is no such kind. The groups
+		// are for everybody to see (ClusterRole system:discovery).
+		if apierrors.IsForbidden(err) && apierrors.IsNotFound(r.c.rest().Get().AbsPath("/apis/"+r.kind.group).Do(ctx).Error()) {
+			return nil, errNoKind
+		}
 		r.version = version
 		return all, err
 	}

@@ -136,7 +136,7 @@ func (c *Cluster) governedBy(ctx context.Context, plan *ServicePlan) (mode strin
 		case errors.Is(err, errNoKind):
 			continue
 		case apierrors.IsForbidden(err):
-			plan.note(fmt.Sprintf("whether a %s decides where requests to %s go is not known, since you may not list them (role %s)", r.kind(), plan, meshRole(mode)))
+			plan.note(fmt.Sprintf("whether %s objects decide where requests to %s go is not known, since you may not list them (role %s)", r.kind().kind, plan, meshRole(mode)))
 			continue
 		case err != nil:
 			return "", translate("listing "+r.kind().String(), err)

@@ -108,7 +108,7 @@ func (h *ruleHead) mapping() []string {
 	if h.router == nil {
 		return append(lines, fmt.Sprintf("Service %s will lead here; no rule leads requests there before you make one", h.name))
 	}
-	return append(lines, fmt.Sprintf("a rule of a %s will lead marked requests here, by Service %s", h.router.kind(), h.name))
+	return append(lines, fmt.Sprintf("a rule among those of %s objects will lead marked requests here, by Service %s", h.router.kind().kind, h.name))
 }
 
 // origin is the meshed Service, as it is.
@@ -302,7 +302,7 @@ func (h *ruleHead) putBack(ctx context.Context, i *Intercept, onConflict string,
 	defer i.mu.Unlock()
 	if _, err = h.c.addRules(ctx, h); err == nil {
 		*again = next
-		note(fmt.Sprintf("somebody changed the %s: the rule is put in front again", h.router.kind()))
+		note("somebody took the rule out of the " + h.router.kind().kind + ": it is put in front again")
 	}
 	return lostIfRefused("the rule cannot be put back", err)
 }

@@ -2,13 +2,17 @@ package cluster
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
 	"regexp"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
 	"github.com/culvert-dev/culvert/wire/intercept"
@@ -254,5 +258,37 @@ func TestListOfRules(t *testing.T) {
 	all, err := c.List(t.Context(), "demo")
 	if err != nil || len(all) != 1 || all[0].Kind != intercept.Mesh || all[0].Mode != "istio" || len(all[0].Members) != 1 || all[0].Members[0].Mode != "istio" {
 		t.Errorf("%+v, %v", all, err)
+	}
+}
+
+// Who may not list a kind is told so also where the cluster has no such kind: that is
+// no reason to say that something is not known.
+func TestCustomsForbidden(t *testing.T) {
+	groups := map[string]bool{}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		code, reason := http.StatusForbidden, metav1.StatusReasonForbidden
+		if group, ok := strings.CutPrefix(r.URL.Path, "/apis/"); ok && !strings.Contains(group, "/") {
+			if groups[group] {
+				w.Header().Set("Content-Type", "application/json")
+				_, _ = w.Write([]byte(`{"kind":"APIGroup","apiVersion":"v1"}`))
+				return
+			}
+			code, reason = http.StatusNotFound, metav1.StatusReasonNotFound
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		_ = json.NewEncoder(w).Encode(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: reason, Code: int32(code)})
+	}))
+	t.Cleanup(server.Close)
+	c, err := NewClient(&rest.Config{Host: server.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.customs(virtualServices, "demo").list(t.Context()); err != errNoKind {
+		t.Errorf("without the kind: %v", err)
+	}
+	groups[virtualServices.group] = true
+	if _, err := c.customs(virtualServices, "demo").list(t.Context()); !apierrors.IsForbidden(err) {
+		t.Errorf("with it: %v", err)
 	}
 }

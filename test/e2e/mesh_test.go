@@ -64,7 +64,7 @@ func TestMesh(t *testing.T) {
 
 	begun := time.Now()
 	i := alice.intercept(t, "mesh", "cart", "--expose", "8080:80", "--version-mark", "alice", "--tag-responses")
-	if i.Kind != api.KindMesh || !slices.Equal(i.Match, []string{"header:VERSION=alice"}) {
+	if i.Kind != api.KindMesh || i.Mode != api.ModeRouter || !slices.Equal(i.Match, []string{"header:VERSION=alice"}) || strings.Contains(strings.Join(i.Notes, " "), "not known") {
 		t.Errorf("have %+v", i)
 	}
 	meshed(t, at, "alice", 3*time.Second, "VERSION:alice")
@@ -86,6 +86,8 @@ func TestMesh(t *testing.T) {
 			{[]string{"mesh", "carts", "--expose", "8080:80"}, []string{"did you mean", "cart"}},
 			{[]string{"mesh", "cart", "--expose", "8080:81"}, []string{"81"}},
 			{[]string{"mesh", "cart", "--expose", "8080:80", "--match", "heder:a=b"}, []string{"heder"}},
+			{[]string{"mesh", "cart", "--expose", "8080:80", "--mode", "istio"}, []string{"VirtualService", "does not have", "--mode router"}},
+			{[]string{"mesh", "cart", "--expose", "8080:80", "--mode", "gateway"}, []string{"HTTPRoute", "does not have"}},
 			{[]string{"exchange", "cart", "--expose", "8080:80"}, []string{"meshed", "alice"}},
 			{[]string{"recover", "cart"}, []string{"alice", "alive"}},
 		} {
