@@ -70,6 +70,11 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 			Message: fmt.Sprintf("%s leads to gates, but its annotation %s, which says what served it before, is gone", plan, AnnotationIntercept),
 			Hint:    "try again, a member of the mesh may be putting it back; `culvert recover " + plan.Name + "` makes it what it was"}
 	}
+	for _, e := range state.Entries {
+		if e.Kind == intercept.Mesh && e.Service == plan.Name && memberOf(e, i.spec.Holder.Session) >= 0 {
+			return &api.Error{Code: api.CodeExists, Message: "you mesh Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
+		}
+	}
 	i.spec.Namespace, i.mesh = plan.Namespace, intercept.Holder{}
 	if err := c.chooseMode(ctx, i, plan); err != nil {
 		return err
@@ -85,7 +90,7 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 		i.tls = &key
 	}
 	if i.spec.Mode == api.ModeRouter {
-		err = c.planRouter(i, plan, state)
+		c.planRouter(i, plan)
 	} else {
 		err = c.planRule(ctx, i, plan, state)
 	}
@@ -97,7 +102,7 @@ func (c *Cluster) planMesh(ctx context.Context, i *Intercept) error {
 }
 
 // planRouter has all traffic of the Service come to the gates, which tell requests apart.
-func (c *Cluster) planRouter(i *Intercept, plan *ServicePlan, state *intercept.State) error {
+func (c *Cluster) planRouter(i *Intercept, plan *ServicePlan) {
 	i.Key = plan.Name
 	if r := plan.Record; r != nil {
 		i.mesh = intercept.Holder{Session: r.Session, Since: r.Since}
@@ -106,10 +111,6 @@ func (c *Cluster) planRouter(i *Intercept, plan *ServicePlan, state *intercept.S
 		i.Gate = OwnGate(plan.Name)
 	}
 	i.head = &exchangeHead{c: c, plan: plan, again: plan.reapplied()}
-	if e, ok := state.Entries[i.Key]; ok && e.Kind == intercept.Mesh && memberOf(e, i.spec.Holder.Session) >= 0 {
-		return &api.Error{Code: api.CodeExists, Message: "you mesh Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
-	}
-	return nil
 }
 
 // chooseMode makes api.ModeAuto one that the Service is governed by, and refuses what
@@ -160,23 +161,22 @@ func (i *Intercept) checkTaken(s *intercept.State) error {
 	for _, p := range i.Exposed() {
 		exposed[p.Port] = true
 	}
-	var members []intercept.Member
-	for _, e := range s.Entries {
-		if e.Kind == intercept.Mesh && e.Service == i.Service() {
-			members = append(members, e.Members...)
-		}
-	}
-	for _, m := range members {
-		same := slices.ContainsFunc(m.Ports, func(p intercept.MemberPort) bool { return exposed[p.Port] })
-		if m.Holder.Session == i.spec.Holder.Session || m.Draining || !same || !intercept.Same(m.Match, i.spec.Match) {
+	for key, e := range s.Entries {
+		if e.Kind != intercept.Mesh || e.Service != i.Service() {
 			continue
 		}
-		return &Held{Namespace: i.spec.Namespace, Key: i.Key, Holder: m.Holder, Err: &api.Error{
-			Code: api.CodeExists,
-			Message: fmt.Sprintf("requests to %s in namespace %q with %s are %s's since %s", i.Service(), i.spec.Namespace, matchText(m.Match),
-				firstOf(m.Holder.User, "session "+m.Holder.Session), m.Holder.Since.Local().Format(time.DateTime)),
-			Hint: "take another --version-mark or --match; --wait waits for theirs to end",
-		}}
+		for _, m := range e.Members {
+			same := slices.ContainsFunc(m.Ports, func(p intercept.MemberPort) bool { return exposed[p.Port] })
+			if m.Holder.Session == i.spec.Holder.Session || m.Draining || !same || !intercept.Same(m.Match, i.spec.Match) {
+				continue
+			}
+			return &Held{Namespace: i.spec.Namespace, Key: key, Holder: m.Holder, Err: &api.Error{
+				Code: api.CodeExists,
+				Message: fmt.Sprintf("requests to %s in namespace %q with %s are %s's since %s", i.Service(), i.spec.Namespace, matchText(m.Match),
+					firstOf(m.Holder.User, "session "+m.Holder.Session), m.Holder.Since.Local().Format(time.DateTime)),
+				Hint: "take another --version-mark or --match; --wait waits for theirs to end",
+			}}
+		}
 	}
 	return nil
 }

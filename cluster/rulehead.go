@@ -67,15 +67,7 @@ func (c *Cluster) planRule(ctx context.Context, i *Intercept, plan *ServicePlan,
 		}
 	}
 	i.Key, i.head = h.name, h
-	for key, e := range state.Entries {
-		if e.Service != plan.Name || e.Mode == "" {
-			continue
-		}
-		if memberOf(e, i.spec.Holder.Session) >= 0 {
-			return &api.Error{Code: api.CodeExists, Message: "you mesh Service " + plan.Name + " already", Hint: "culvert leave " + plan.Name}
-		}
-		h.members = append(h.members, key)
-	}
+	h.members = rulesFor(state, plan.Name)
 	if h.router == nil {
 		plan.note(fmt.Sprintf("no rule leads requests here yet: have one of your own lead those with the mark to Service %s.%s, which has the ports of %s", h.name, plan.Namespace, plan.Name))
 		return nil

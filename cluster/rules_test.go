@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -290,5 +291,24 @@ func TestCustomsForbidden(t *testing.T) {
 	groups[virtualServices.group] = true
 	if _, err := c.customs(virtualServices, "demo").list(t.Context()); !apierrors.IsForbidden(err) {
 		t.Errorf("with it: %v", err)
+	}
+}
+
+// Whose mark it is may have it by the router or by a rule: who waits for him, or takes
+// over, undoes the very entry.
+func TestTakenByRule(t *testing.T) {
+	h := rulePlan(t, istio{}, []string{"header:VERSION=alice"}, 80)
+	h.list[0].Local = 8080
+	i := &Intercept{Key: h.name, head: h, spec: InterceptSpec{Kind: intercept.Mesh, Namespace: "demo", Holder: intercept.Holder{Session: "a"}, Match: h.spec.Match}}
+	e := meshOf("b")
+	e.Mode, e.Members[0].Match, e.Members[0].Ports = intercept.ModeIstio, h.spec.Match, []intercept.MemberPort{{Port: 80}}
+	state := &intercept.State{Entries: map[string]intercept.Entry{"web-culvert-b": e, "other": meshOf("c")}}
+	var held *Held
+	if err := i.checkTaken(state); !errors.As(err, &held) || held.Key != "web-culvert-b" || held.Holder.Session != "b" {
+		t.Errorf("it is %+v", err)
+	}
+	e.Members[0].Ports[0].Port = 81
+	if err := i.checkTaken(state); err != nil {
+		t.Errorf("at another port: %v", err)
 	}
 }

@@ -146,5 +146,5 @@ func (a *app) completeIntercepted(cmd *cobra.Command, wanted func(intercept.Entr
 		}
 	}
 	slices.Sort(names)
-	return names, cobra.ShellCompDirectiveNoFileComp
+	return slices.Compact(names), cobra.ShellCompDirectiveNoFileComp
 }
