@@ -155,6 +155,15 @@ func firstRule(o *unstructured.Unstructured) map[string]any {
 	return nil
 }
 
+// yields: of matches that are alike those of the oldest route count.
+func (gatewayAPI) yields(o *unstructured.Unstructured, theirs []*unstructured.Unstructured, service string) bool {
+	own, _ := parentPorts(o, service, o.GetNamespace())
+	return slices.ContainsFunc(theirs, func(t *unstructured.Unstructured) bool {
+		ports, all := parentPorts(t, service, o.GetNamespace())
+		return all || slices.ContainsFunc(own, func(p int32) bool { return slices.Contains(ports, p) })
+	})
+}
+
 func (gatewayAPI) leadsTo(rule map[string]any, service, namespace string) bool {
 	backends, _ := rule["backendRefs"].([]any)
 	return slices.ContainsFunc(backends, func(b any) bool {

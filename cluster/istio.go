@@ -126,6 +126,11 @@ func (istio) insert(h *ruleHead, o *unstructured.Unstructured, others []*unstruc
 	return rules, nil
 }
 
+// yields: of several for one host the oldest counts, and others' are younger.
+func (istio) yields(_ *unstructured.Unstructured, theirs []*unstructured.Unstructured, _ string) bool {
+	return len(theirs) > 0
+}
+
 func (istio) leadsTo(rule map[string]any, service, namespace string) bool {
 	routes, _ := rule["route"].([]any)
 	return slices.ContainsFunc(routes, func(route any) bool {

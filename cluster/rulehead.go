@@ -73,7 +73,7 @@ func (c *Cluster) planRule(ctx context.Context, i *Intercept, plan *ServicePlan,
 		return nil
 	}
 	objects := c.client.customs(h.router.kind(), plan.Namespace)
-	governing, err := c.governing(ctx, objects, h.router, plan.Name)
+	governing, _, err := c.governing(ctx, objects, h.router, plan.Name)
 	if errors.Is(err, errNoKind) {
 		return &api.Error{Code: api.CodeUnsupported, Message: fmt.Sprintf("--mode %s needs the kind %s, which this cluster does not have", h.mode, h.router.kind()), Hint: "--mode router needs neither Istio nor Gateway API"}
 	}
@@ -301,9 +301,14 @@ func (h *ruleHead) putBack(ctx context.Context, i *Intercept, onConflict string,
 
 // ruleStands tells whether all that insert wants is there.
 func (c *Cluster) ruleStands(ctx context.Context, h *ruleHead) (bool, error) {
-	governing, err := c.governing(ctx, c.client.customs(h.router.kind(), h.plan.Namespace), h.router, h.plan.Name)
+	governing, yielding, err := c.governing(ctx, c.client.customs(h.router.kind(), h.plan.Namespace), h.router, h.plan.Name)
 	if err != nil {
 		return false, err
+	}
+	for _, o := range yielding {
+		if missing(h.router, rulesOf(h.router, o), []any{}, h.name, h.plan.Namespace) {
+			return false, nil // the rule is to move
+		}
 	}
 	if len(h.router.made(h, governing)) > 0 {
 		return false, nil

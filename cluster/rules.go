@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -37,6 +38,8 @@ type router interface {
 	// insert are the rules of h for an object, others being all that govern the Service.
 	// Empty: those of the object are others' ports.
 	insert(h *ruleHead, o *unstructured.Unstructured, others []*unstructured.Unstructured) ([]any, error)
+	// yields tells whether an object of culvert's own stands in the way of others.
+	yields(o *unstructured.Unstructured, theirs []*unstructured.Unstructured, service string) bool
 	// leadsTo tells whether a rule leads to a Service.
 	leadsTo(rule map[string]any, service, namespace string) bool
 	// beside makes what a rule needs beside it, owned by the Service of h.
@@ -86,8 +89,9 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 	r, ns := h.router, h.plan.Namespace
 	objects := c.client.customs(r.kind(), ns)
 	doing := fmt.Sprintf("adding a rule to a %s of namespace %q", r.kind(), ns)
+	why := doing + ": somebody else changes it all the time"
 	for range ruleTries {
-		governing, err := c.governing(ctx, objects, r, h.plan.Name)
+		governing, yielding, err := c.governing(ctx, objects, r, h.plan.Name)
 		if err != nil {
 			return nil, err
 		}
@@ -100,12 +104,13 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 					return nil, ruleError(r, ns, doing, err)
 				}
 			}
-			if governing, err = c.governing(ctx, objects, r, h.plan.Name); err != nil {
+			why = fmt.Sprintf("a %s named %s is there already and leads no requests of %s", r.kind().kind, list(slices.Sorted(maps.Keys(made))), h.plan)
+			if governing, yielding, err = c.governing(ctx, objects, r, h.plan.Name); err != nil {
 				return nil, err
 			}
-			if left := r.made(h, governing); len(left) > 0 {
-				return nil, &api.Error{Code: api.CodeConflict, Message: fmt.Sprintf("%s named %s is there already and leads no requests of %s", r.kind(), list(slices.Sorted(maps.Keys(left))), h.plan),
-					Hint: "--mode router needs none"}
+			if len(r.made(h, governing)) > 0 { // or the last member of before has just deleted it
+				pauseRules(ctx)
+				continue
 			}
 		}
 		again := false
@@ -122,11 +127,25 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 				notes = append(notes, note)
 			}
 		}
+		for _, o := range yielding {
+			if err := c.removeFrom(ctx, objects, r, o, h.name); err != nil {
+				again = true
+			}
+		}
 		if !again {
 			return notes, nil
 		}
+		pauseRules(ctx)
 	}
-	return nil, &api.Error{Code: api.CodeConflict, Message: doing + ": somebody else changes it all the time", Hint: "try again, or --mode router"}
+	return nil, &api.Error{Code: api.CodeConflict, Message: why, Hint: "try again, or --mode router"}
+}
+
+// pauseRules lets others who change the same object go first, or after.
+func pauseRules(ctx context.Context) {
+	select {
+	case <-time.After(10*time.Millisecond + rand.N(100*time.Millisecond)):
+	case <-ctx.Done():
+	}
 }
 
 // addTo adds to one object what is missing.
@@ -221,11 +240,12 @@ func (c *Cluster) ownedAsBefore(ctx context.Context, objects *customs, before, c
 }
 
 // governing are the objects that decide where requests to a Service go, oldest first:
-// where only one counts it is that.
-func (c *Cluster) governing(ctx context.Context, objects *customs, r router, service string) ([]*unstructured.Unstructured, error) {
+// where only one counts it is that. Culvert's own yield to others that came later, or
+// they would stand in their way.
+func (c *Cluster) governing(ctx context.Context, objects *customs, r router, service string) (governing, yielding []*unstructured.Unstructured, err error) {
 	all, err := objects.list(ctx)
 	if err != nil {
-		return nil, ruleError(r, objects.namespace, fmt.Sprintf("listing %s in namespace %q", r.kind(), objects.namespace), err)
+		return nil, nil, ruleError(r, objects.namespace, fmt.Sprintf("listing %s in namespace %q", r.kind(), objects.namespace), err)
 	}
 	all = slices.DeleteFunc(all, func(o *unstructured.Unstructured) bool {
 		return o.GetDeletionTimestamp() != nil || !r.governs(o, service, objects.namespace)
@@ -233,7 +253,15 @@ func (c *Cluster) governing(ctx context.Context, objects *customs, r router, ser
 	slices.SortStableFunc(all, func(a, b *unstructured.Unstructured) int {
 		return a.GetCreationTimestamp().Compare(b.GetCreationTimestamp().Time)
 	})
-	return all, nil
+	theirs := slices.DeleteFunc(slices.Clone(all), func(o *unstructured.Unstructured) bool { return isOurs(o) })
+	for _, o := range all {
+		if isOurs(o) && r.yields(o, theirs, service) {
+			yielding = append(yielding, o)
+		} else {
+			governing = append(governing, o)
+		}
+	}
+	return governing, yielding, nil
 }
 
 // removeRules takes away all rules of a namespace that lead to a Service, of all modes,
@@ -263,34 +291,43 @@ func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, servic
 		}
 		again := false
 		for _, o := range all {
-			there := rulesOf(r, o)
-			var rest []any
-			others := false // rules of other members, or of somebody who made it his
-			for _, rule := range there {
-				if !r.leadsTo(rule, service, namespace) {
-					rest = append(rest, rule)
-					others = others || !r.leadsTo(rule, o.GetAnnotations()[AnnotationMeshed], namespace)
-				}
-			}
-			switch {
-			case isOurs(o) && !others: // also one that was made, and no rule came into it
-				err = objects.remove(ctx, o)
-			case len(rest) == len(there):
-				continue
-			default:
-				_, err = c.changeRules(ctx, objects, r, o, rest)
-			}
+			err := c.removeFrom(ctx, objects, r, o, service)
 			if apierrors.IsConflict(err) {
 				again = true
-			} else if err != nil && !apierrors.IsNotFound(err) {
+			} else if err != nil {
 				return ruleError(r, namespace, doing, err)
 			}
 		}
 		if !again {
 			return nil
 		}
+		pauseRules(ctx)
 	}
 	return &api.Error{Code: api.CodeConflict, Message: doing + ": somebody else changes it all the time", Hint: "culvert recover"}
+}
+
+// removeFrom takes the rules that lead to a Service out of one object, and deletes one
+// of culvert's own that leads to no member any more.
+func (c *Cluster) removeFrom(ctx context.Context, objects *customs, r router, o *unstructured.Unstructured, service string) (err error) {
+	there := rulesOf(r, o)
+	var rest []any
+	others := false // rules of other members, or of somebody who made it his
+	for _, rule := range there {
+		if !r.leadsTo(rule, service, objects.namespace) {
+			rest = append(rest, rule)
+			others = others || !r.leadsTo(rule, o.GetAnnotations()[AnnotationMeshed], objects.namespace)
+		}
+	}
+	switch {
+	case isOurs(o) && !others: // also one that was made, and no rule came into it
+		err = objects.remove(ctx, o)
+	case len(rest) < len(there):
+		_, err = c.changeRules(ctx, objects, r, o, rest)
+	}
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
 }
 
 // ruleError is an error of the API about rules, for people.

@@ -312,3 +312,17 @@ func TestTakenByRule(t *testing.T) {
 		t.Errorf("at another port: %v", err)
 	}
 }
+
+// What culvert made where there was nothing yields to what an owner makes later.
+func TestYields(t *testing.T) {
+	own := parsed(t, `{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: web-culvert-80, namespace: demo}, spec: {parentRefs: [{group: "", kind: Service, name: web, port: 80}]}}`)
+	for refs, want := range map[string]bool{
+		`[{group: "", kind: Service, name: web, port: 80}]`: true, `[{group: "", kind: Service, name: web}]`: true,
+		`[{group: "", kind: Service, name: web, port: 81}]`: false, `[{group: "", kind: Service, name: other}]`: false,
+	} {
+		theirs := parsed(t, `{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: x, namespace: demo}, spec: {parentRefs: `+refs+`}}`)
+		if got := (gatewayAPI{}).yields(own, []*unstructured.Unstructured{theirs}, "web"); got != want {
+			t.Errorf("to %s: %v", refs, got)
+		}
+	}
+}

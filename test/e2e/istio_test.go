@@ -284,8 +284,21 @@ func (x ruled) test(t *testing.T, alice, bob developer, mesh func(string, ...str
 		routes(t, "calls", "alice", 15*time.Second, "version:alice")
 		routes(t, "calls", "bob", 15*time.Second, "version:bob")
 		routes(t, "calls", "cart-*", time.Second)
-		alice.leave(t, "calls")
+		// The owner makes one, too: culvert's does not stand in its way.
+		ownerApplies(t, x.owner)
+		eventually(t, 15*time.Second, func() error {
+			names := kubectl(t, "-n", "shop", "get", x.kind, "-o", "name")
+			if to := ruledTo(); strings.Contains(names, "culvert") || strings.Count(to, "calls-culvert-") != 2 {
+				return fmt.Errorf("there are %s, whose rules lead to %s", names, to)
+			}
+			return nil
+		})
+		routes(t, "calls", "alice", 15*time.Second, "version:alice")
 		routes(t, "calls", "bob", time.Second, "version:bob")
+		kubectl(t, "-n", "shop", "delete", x.kind, "calls")
+		routes(t, "calls", "alice", 15*time.Second, "version:alice")
+		alice.leave(t, "calls")
+		routes(t, "calls", "bob", 2*time.Second, "version:bob")
 		bob.leave(t, "calls")
 		sameLines(t, before, 20*time.Second, func() []string { return shopOfOthers(t) })
 	})
