@@ -80,8 +80,13 @@ func ofCulverts(r router, rule map[string]any, members []string, namespace strin
 	return slices.ContainsFunc(members, func(m string) bool { return r.leadsTo(rule, m, namespace) })
 }
 
-// ruleTries bounds how often a change is made again that somebody else's came before.
-const ruleTries = 20
+const (
+	// ruleTime bounds how long a change is tried again that somebody else's came before:
+	// dozens may come and go at one time.
+	ruleTime = 30 * time.Second
+	// ownTries bounds how often ownership is given back, which is no more than good manners.
+	ownTries = 20
+)
 
 // addRules puts the rules of h in front of those that are there, or makes the object.
 // It is idempotent.
@@ -90,7 +95,8 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 	objects := c.client.customs(r.kind(), ns)
 	doing := fmt.Sprintf("adding a rule to a %s of namespace %q", r.kind(), ns)
 	why := doing + ": somebody else changes it all the time"
-	for range ruleTries {
+	for n, end := 0, time.Now().Add(ruleTime); n == 0 || time.Now().Before(end); n++ {
+		pauseRules(ctx, n)
 		governing, yielding, err := c.governing(ctx, objects, r, h.plan.Name)
 		if err != nil {
 			return nil, err
@@ -109,7 +115,6 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 				return nil, err
 			}
 			if len(r.made(h, governing)) > 0 { // or the last member of before has just deleted it
-				pauseRules(ctx)
 				continue
 			}
 		}
@@ -135,15 +140,18 @@ func (c *Cluster) addRules(ctx context.Context, h *ruleHead) (notes []string, er
 		if !again {
 			return notes, nil
 		}
-		pauseRules(ctx)
 	}
 	return nil, &api.Error{Code: api.CodeConflict, Message: why, Hint: "try again, or --mode router"}
 }
 
-// pauseRules lets others who change the same object go first, or after.
-func pauseRules(ctx context.Context) {
+// pauseRules lets others who change the same object go first: the longer, the more often
+// (n) they did.
+func pauseRules(ctx context.Context, n int) {
+	if n == 0 {
+		return
+	}
 	select {
-	case <-time.After(10*time.Millisecond + rand.N(100*time.Millisecond)):
+	case <-time.After(rand.N(20 * time.Millisecond << min(n, 6))):
 	case <-ctx.Done():
 	}
 }
@@ -212,7 +220,7 @@ func (c *Cluster) changeRules(ctx context.Context, objects *customs, r router, o
 func (c *Cluster) ownedAsBefore(ctx context.Context, objects *customs, before, changed *unstructured.Unstructured) *unstructured.Unstructured {
 	isOwn := func(e metav1.ManagedFieldsEntry) bool { return e.Manager == fieldManager && e.Subresource == "" }
 	live := changed
-	for range ruleTries {
+	for range ownTries {
 		entries := slices.DeleteFunc(slices.Clone(live.GetManagedFields()), isOwn)
 		if live.GetGeneration() == changed.GetGeneration() { // else somebody else changed it meanwhile, and owns that
 			entries = slices.DeleteFunc(entries, func(e metav1.ManagedFieldsEntry) bool { return e.Subresource == "" })
@@ -281,7 +289,8 @@ func (c *Cluster) removeRules(ctx context.Context, namespace, service string) er
 func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, service string) error {
 	objects := c.client.customs(r.kind(), namespace)
 	doing := fmt.Sprintf("taking the rule to %s out of %s", service, r.kind())
-	for range ruleTries {
+	for n, end := 0, time.Now().Add(ruleTime); n == 0 || time.Now().Before(end); n++ {
+		pauseRules(ctx, n)
 		all, err := objects.list(ctx)
 		if apierrors.IsForbidden(err) {
 			return nil // who may not see any added none
@@ -301,7 +310,6 @@ func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, servic
 		if !again {
 			return nil
 		}
-		pauseRules(ctx)
 	}
 	return &api.Error{Code: api.CodeConflict, Message: doing + ": somebody else changes it all the time", Hint: "culvert recover"}
 }
