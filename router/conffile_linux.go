@@ -131,14 +131,24 @@ func (f confFile) tmp() string {
 	return filepath.Join(filepath.Dir(f.path), ".resolv.conf.culvert")
 }
 
+// replaceTries bounds how often a new file is written that somebody takes away.
+const replaceTries = 50
+
 // replace swaps the file atomically where that is possible, with like's mode and owner.
 func (f confFile) replace(content []byte, like fs.FileInfo) error {
-	err := writeNew(f.tmp(), content, like)
-	if err == nil {
-		if err = os.Rename(f.tmp(), f.path); err == nil {
-			return syncDir(filepath.Dir(f.path))
+	var err error
+	for range replaceTries {
+		if err = writeNew(f.tmp(), content, like); err == nil {
+			if err = os.Rename(f.tmp(), f.path); err == nil {
+				return syncDir(filepath.Dir(f.path))
+			}
+			_ = os.Remove(f.tmp())
 		}
-		_ = os.Remove(f.tmp())
+		// Of another daemon, which shares the folder but not the file (containers with a
+		// bind-mounted one each): it took the new file for what a crash left.
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrExist) {
+			break
+		}
 	}
 	// A bind-mounted file (containers) cannot be renamed over: EBUSY. A read-only
 	// /etc with a writable file in it gives EROFS already for the new file. What a

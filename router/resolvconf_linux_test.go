@@ -2,11 +2,13 @@ package router
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -500,4 +502,40 @@ func TestResolvConfReadOnlyLink(t *testing.T) {
 	if left, _ := os.ReadDir(env.StateDir); len(left) != 0 {
 		t.Errorf("left in the state directory: %v", left)
 	}
+}
+
+// Two daemons may share the folder and have a file of their own each: containers with
+// one that is bind-mounted. Neither fails because of the other's new file.
+func TestResolvConfSharedFolder(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	dir := t.TempDir()
+	var files []confFile
+	for _, name := range []string{"one", "other"} {
+		source, path := filepath.Join(t.TempDir(), name), filepath.Join(dir, name)
+		write(t, source, original)
+		write(t, path, "nobody sees this\n")
+		if err := unix.Mount(source, path, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(path, 0) })
+		files = append(files, confFile{path: path, saved: source + ".orig"})
+	}
+	var both sync.WaitGroup
+	for k, f := range files {
+		both.Go(func() {
+			for n := range 200 {
+				text := fmt.Sprintf("# %d of file %d\n", n, k)
+				if err := f.write([]byte(text)); err != nil {
+					t.Errorf("%d of file %d: %v", n, k, err)
+					return
+				}
+				if got, err := os.ReadFile(f.path); err != nil || string(got) != text {
+					t.Errorf("%d of file %d is %q, %v", n, k, got, err)
+				}
+			}
+		})
+	}
+	both.Wait()
 }
