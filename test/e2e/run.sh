@@ -17,6 +17,7 @@ for shard in 0 1; do
 	CULVERT_LAB=$([ $shard = 0 ] && echo culvert || echo culvert2) \
 		"$bin" -test.v -test.timeout 65m -test.run "^(${run:-none})\$" >"$logs/$shard" 2>&1 &
 	pids+=($!)
+	sleep 10 # two clusters that start at one time take longer than one after the other
 done
 tail -n +1 -f --pid="${pids[0]}" "$logs/0" &
 shown=$!

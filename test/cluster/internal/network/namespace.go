@@ -29,12 +29,21 @@ type Namespace struct {
 // Create makes a network namespace held by the file at path, as "ip netns add"
 // would, with its loopback device up.
 func Create(path string) (*Namespace, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("make the directory of network namespaces: %w", err)
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
-	if err != nil {
+	var f *os.File
+	for range 100 { // another site's end may take the empty directory away in between
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, fmt.Errorf("make the directory of network namespaces: %w", err)
+		}
+		var err error
+		if f, err = os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444); err == nil {
+			break
+		} else if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		return nil, fmt.Errorf("make network namespace: %w", err)
+	}
+	if f == nil {
+		return nil, fmt.Errorf("make network namespace: %s is taken away all the time", filepath.Dir(path))
 	}
 	f.Close()
 	done := make(chan error)
