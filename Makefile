@@ -63,6 +63,10 @@ cluster-test: cluster ## the test cluster's own tests: clusters come, break and 
 
 .PHONY: e2e
 e2e: build istio ## the whole product on a real cluster, as ordinary users
+	$(GO) test -count=1 -timeout 75m -tags e2e -v ./test/e2e
+
+.PHONY: e2e-labs
+e2e-labs: build istio ## the same in two labs side by side: in half the time, but tests about time may fail
 	$(GO) test -c -tags e2e -o bin/e2e.test ./test/e2e
 	test/e2e/run.sh
 

@@ -94,7 +94,7 @@ func TestRuleCrowdOnServer(t *testing.T) {
 	removes := func(all []*ruleHead) (do []func()) {
 		for _, h := range all {
 			do = append(do, func() {
-				if err := h.c.removeRules(ctx, ns, h.name); err != nil {
+				if err := h.c.removeRules(ctx, ns, h.name, intercept.ModeIstio); err != nil {
 					t.Errorf("%s is taken away: %v", h.name, err)
 				}
 			})

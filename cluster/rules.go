@@ -272,18 +272,19 @@ func (c *Cluster) governing(ctx context.Context, objects *customs, r router, ser
 	return governing, yielding, nil
 }
 
-// removeRules takes away all rules of a namespace that lead to a Service, of all modes,
-// and objects of culvert's own that have no other. It is idempotent.
-func (c *Cluster) removeRules(ctx context.Context, namespace, service string) error {
-	var trouble []error
-	for _, mode := range slices.Sorted(maps.Keys(routers)) {
-		r := routers[mode]
-		err := c.removeRulesOf(ctx, r, namespace, service)
-		if err != nil && !errors.Is(err, errNoKind) {
-			trouble = append(trouble, err)
+// removeRules takes away the rules of a mode that lead to a Service (of all modes, where
+// it is not known), and objects of culvert's own that have no other. It is idempotent.
+// Who may not see them gets an error: what they lead to has to stay.
+func (c *Cluster) removeRules(ctx context.Context, namespace, service, mode string) error {
+	for _, one := range slices.Sorted(maps.Keys(routers)) {
+		if mode != "" && mode != one {
+			continue
+		}
+		if err := c.removeRulesOf(ctx, routers[one], namespace, service); err != nil && !errors.Is(err, errNoKind) {
+			return err
 		}
 	}
-	return errors.Join(trouble...)
+	return nil
 }
 
 func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, service string) error {
@@ -292,9 +293,6 @@ func (c *Cluster) removeRulesOf(ctx context.Context, r router, namespace, servic
 	for n, end := 0, time.Now().Add(ruleTime); n == 0 || time.Now().Before(end); n++ {
 		pauseRules(ctx, n)
 		all, err := objects.list(ctx)
-		if apierrors.IsForbidden(err) {
-			return nil // who may not see any added none
-		}
 		if err != nil {
 			return ruleError(r, namespace, doing, err)
 		}

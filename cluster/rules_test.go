@@ -3,6 +3,7 @@ package cluster
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -323,6 +324,32 @@ func TestYields(t *testing.T) {
 		theirs := parsed(t, `{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: x, namespace: demo}, spec: {parentRefs: `+refs+`}}`)
 		if got := (gatewayAPI{}).yields(own, []*unstructured.Unstructured{theirs}, "web"); got != want {
 			t.Errorf("to %s: %v", refs, got)
+		}
+	}
+}
+
+// Who may not see the rules cannot lead back what they lead, and then nothing is
+// deleted from under them. Of a rule that is the user's own there is nothing to see.
+func TestRemoveRulesForbidden(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		if strings.Count(r.URL.Path, "/") == 2 { // a group
+			_, _ = w.Write([]byte(`{"kind":"APIGroup","apiVersion":"v1"}`))
+			return
+		}
+		w.WriteHeader(http.StatusForbidden)
+		_ = json.NewEncoder(w).Encode(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: metav1.StatusReasonForbidden, Code: http.StatusForbidden})
+	}))
+	t.Cleanup(server.Close)
+	client, err := NewClient(&rest.Config{Host: server.URL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Cluster{client: client}
+	for mode, want := range map[string]string{intercept.ModeIstio: "culvert-mesh-istio", intercept.ModeGateway: "culvert-mesh-gateway", "": "culvert-mesh-", intercept.ModeManual: ""} {
+		err := c.removeRules(t.Context(), "demo", "web-culvert-a", mode)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(fmt.Sprintf("%+v", asAPIError(err).Hint)+err.Error(), want)) {
+			t.Errorf("mode %q: %+v", mode, err)
 		}
 	}
 }

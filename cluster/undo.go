@@ -167,7 +167,7 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec, entry intercept.Entr
 	switch {
 	case apierrors.IsNotFound(err):
 		if entry.Mode != "" { // somebody deleted it, and the rule leads to nothing
-			return ledBack{}, c.removeRules(ctx, u.Namespace, u.Key)
+			return ledBack{}, c.removeRules(ctx, u.Namespace, u.Key, entry.Mode)
 		}
 		return ledBack{}, nil
 	case err != nil:
@@ -184,7 +184,7 @@ func (c *Cluster) leadBack(ctx context.Context, u UndoSpec, entry intercept.Entr
 			return ledBack{foreign: true}, nil
 		}
 		u.Say("taking the rule away")
-		return ledBack{led: true, session: service.Labels[LabelSession]}, c.removeRules(ctx, u.Namespace, u.Key)
+		return ledBack{led: true, session: service.Labels[LabelSession]}, c.removeRules(ctx, u.Namespace, u.Key, entry.Mode)
 	}
 	record, err := RecordOf(service)
 	switch {
